@@ -1,0 +1,506 @@
+"""Flush: the host keeps its type, its place and its names.
+
+An adapted layer is the same module with its class extended. `Place` is one adapted weight (or one retrained module) of a host
+and the only thing here that has state; `Inlaid` is the thin class that asks it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .method import Additive, Method, Param, folded, full, generator_for
+from .session import BASE, Session
+from .site import Linear, Site
+
+
+class Adapter(nn.Module):
+    """The tensors of one adapter at one site, named as in HF's files.
+
+    Attributes:
+        method: the configuration as it holds for this site.
+        strength: 0 is the base, 1 the adapter, 2 doubles what it does.
+        trained_bias: a retrained copy of the host's bias, or None.
+    """
+
+    trained_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        method: Method,
+        site: Site,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        shared: nn.Module | None = None,
+        owns_shared: bool = False,
+        train_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.method, self.site, self.path, self.strength = method, site, path, 1.0
+        self.declared: dict[str, Param] = method.params(site)
+        for name, param in self.declared.items():
+            tensor = _initial(param, site, generator_for(method.seed, path, name), dtype, device)
+            if param.trainable:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor, persistent=param.persistent)
+        # A tuple hides the common part from registration everywhere but on the first layer.
+        self._shared = (shared,)
+        if owns_shared:
+            self.bank = shared
+        bias = site.bias() if train_bias else None
+        self.trained_bias = None if bias is None else nn.Parameter(bias.detach().to(device, dtype, copy=True))
+
+    @property
+    def shared(self) -> Any:
+        return self._shared[0]
+
+    def extra_repr(self) -> str:
+        return type(self.method).__name__
+
+
+def _initial(param: Param, site: Site, generator: torch.Generator, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if param.dtype is not None:
+        dtype = param.dtype
+    if device.type == "meta":
+        return torch.empty(param.shape(site), dtype=dtype, device=device)
+    start = torch.empty(param.shape(site), dtype=param.dtype or torch.float32)
+    param.init(start, generator)
+    return start.to(device, dtype)
+
+
+class Inner:
+    """The layer so far: what it does to an input, and which weight and bias that amounts to."""
+
+    __slots__ = ("call", "dense", "params", "site")
+
+    def __init__(
+        self,
+        site: Site,
+        call: Callable[[Tensor], Tensor],
+        params: Callable[[], tuple[Tensor, Tensor | None]],
+        dense: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
+        self.site, self.call, self.params, self.dense = site, call, params, dense
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+    def then(self, p: Adapter) -> Inner:
+        """This layer with one more adapter on it."""
+        inner = self if p.trained_bias is None else self.with_bias(p.trained_bias)
+        method = p.method
+        if p.strength == 1 or isinstance(method, Additive):
+            return Inner(self.site, lambda x: method.around(p, inner, x), lambda: folded(p, *inner.params()))
+        return Inner(self.site, lambda x: Method.around(method, p, inner, x), lambda: folded(p, *inner.params()))
+
+    def with_bias(self, bias: Tensor) -> Inner:
+        old = self.site.bias()
+
+        def call(x: Tensor) -> Tensor:
+            y = self.call(x)
+            return y + self.site.rows(bias if old is None else bias - old.to(bias.dtype)).to(y.dtype)
+
+        return Inner(self.site, call, lambda: (self.params()[0], bias))
+
+
+# What hosts that read their weights have read in the forward pass that is running: an expert stack is read once an expert.
+_read: ContextVar[dict[Any, Tensor] | None] = ContextVar("inlay_read", default=None)
+
+
+class Place:
+    """One adapted weight of a host.
+
+    Attributes:
+        path: the host's name in the model.
+        adapters: the adapters that sit here, by name.
+        merged: the adapters that are in the weight now.
+        kept: the host's own weight and bias while others are in their place; unmerging puts these very tensors back.
+    """
+
+    def __init__(self, session: Session, path: str, site: Site) -> None:
+        self.session, self.path, self.site = session, path, site
+        self.adapters: dict[str, Adapter] = {}
+        self.merged: tuple[str, ...] = ()
+        self.kept: tuple[nn.Parameter | None, nn.Parameter | None] | None = None
+        # What goes between the host's name and the tensors' in a file.
+        self.nesting = ""
+        host = type(site.module)
+        # The fused kernels stand for nn.Linear's own forward and for nothing that overrides it.
+        self.plain = type(site) is Linear and host.forward is nn.Linear.forward and site.store.dense
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    def here(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(n for n in names if n in self.adapters)
+
+    def base(self) -> tuple[Tensor, Tensor | None]:
+        """The host's own matrix and bias, also while adapters are merged."""
+        if self.kept is None:
+            return self.site.read()
+        weight, bias = self.kept
+        assert weight is not None
+        return self.site.matrix(self.site.store.read_tensor(weight)), bias
+
+    def inner(self, call: Callable[..., Tensor] | None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Inner:
+        """The bare layer."""
+        kwargs = kwargs or {}
+        site = self.site.bound(args, kwargs) if args or kwargs else self.site
+        if self.kept is not None or call is None:
+            return Inner(site, lambda x: site.apply(x, *self.base()), self.base)
+        dense = None
+        if self.plain and not args and not kwargs:
+            weight = site.module._parameters["weight"]
+            if type(weight) is nn.Parameter or type(weight) is Tensor:
+                dense = weight, site.module._parameters["bias"]
+        return Inner(site, (lambda x: call(x, *args, **kwargs)) if args or kwargs else call, self.base, dense)
+
+    def forward(self, call: Callable[..., Tensor], host_is_bare: bool, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        choice = self.session.choice()
+        if choice.rows is not None and not (self.session.enabled and set(choice.rows) <= {BASE}):
+            return by_rows(choice.rows, lambda name, x, *a, **k: self._stacked(call, False, self._of(name), x, a, k), (x, *args), kwargs)
+        return self._stacked(call, host_is_bare, choice.names, x, args, kwargs)
+
+    def _of(self, row: str) -> tuple[str, ...]:
+        return () if row == BASE else (row,)
+
+    def _stacked(
+        self, call: Callable[..., Tensor], host_is_bare: bool, names: Sequence[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        names = self.here(names)
+        if names == self.merged:
+            return call(x, *args, **kwargs)
+        inner = self.inner(call, args, kwargs)
+        if not host_is_bare:
+            inner.dense = None
+        for name in names:
+            inner = inner.then(self.adapters[name])
+        return inner(x)
+
+    def fold(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Weight ``(*batch, out, in)`` and bias with these adapters in them, in full precision."""
+        w, b = self.base()
+        w, b = full(w), None if b is None else full(b)
+        for name in self.here(names):
+            p = self.adapters[name]
+            w, b = folded(p, w, b if p.trained_bias is None else full(p.trained_bias))
+        return w, b
+
+    def value(self, name: str) -> Tensor | None:
+        """What a host that reads its weight or bias finds there."""
+        stored = self.site.module._parameters.get(name)
+        names = self.here(self.session.choice().names)
+        if names == self.merged:
+            return stored
+        memory = None if torch.compiler.is_compiling() else _read.get()
+        key = (id(self), name, names)
+        if memory is not None and key in memory:
+            return memory[key]
+        w, b = self.fold(names)
+        found = {self.site.name: self.site.raw(w).to(self.site.dtype)}
+        if self.site.bias_name is not None and b is not None:
+            found[self.site.bias_name] = b.to(self.site.dtype)
+        if memory is not None:
+            memory |= {(id(self), k, names): v for k, v in found.items()}
+        return found.get(name)
+
+    def merge(self, names: Sequence[str], check: bool = False) -> None:
+        """Put adapters into the weight; from the host's own weight, however often it is done.
+
+        Raises:
+            TypeError: a method is no function of the weight; the message says why.
+            ValueError: ``check`` is set and the result is not finite. The host is as it was.
+        """
+        names = self.here(names)
+        if names == self.merged or not names:
+            return
+        with torch.no_grad():
+            w, b = self.fold(names)
+        if check and not (w.isfinite().all() and (b is None or b.isfinite().all())):
+            raise ValueError(f"Merging {', '.join(names)} gives weights of {self.path!r} that are not finite; the adapter seems broken.")
+        m, site = self.site.module, self.site
+        if self.kept is None:
+            self.kept = m._parameters.get(site.name), site.bias()
+        site.write(w, self.kept[1] if b is None else b)
+        self.merged = names
+
+    def unmerge(self) -> None:
+        """Put the host's own tensors back: the very same ones, to the bit."""
+        if self.kept is None:
+            return
+        m, site = self.site.module, self.site
+        m._parameters[site.name] = self.kept[0]
+        if site.bias_name is not None and (site.bias_name in m._parameters or self.kept[1] is not None):
+            m._parameters[site.bias_name] = self.kept[1]
+        self.kept, self.merged = None, ()
+
+    def settle(self) -> None:
+        """Make what is merged the host's own."""
+        self.kept, self.merged = None, ()
+
+
+class Retrained:
+    """One module that adapters replace by retrained copies of it: a classifier's head, an embedding."""
+
+    name = ""
+
+    def __init__(self, session: Session, path: str, module: nn.Module) -> None:
+        self.session, self.path, self.module = session, path, module
+        self.adapters: dict[str, nn.Module] = {}
+        self.nesting = ""
+        self.merged: tuple[str, ...] = ()
+        self.kept: dict[tuple[str, str, bool], Tensor | None] | None = None
+
+    def here(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(n for n in names if n in self.adapters)[-1:]
+
+    def forward(self, call: Callable[..., Any], _: bool, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        choice = self.session.choice()
+        if choice.rows is not None:
+            return by_rows(choice.rows, lambda name, *a, **k: self._chosen(call, (name,), a, k), (x, *args), kwargs)
+        return self._chosen(call, choice.names, (x, *args), kwargs)
+
+    def _chosen(self, call: Callable[..., Any], names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = self.here(names)
+        if names == self.merged:
+            return call(*args, **kwargs)
+        if names:
+            return self.adapters[names[-1]](*args, **kwargs)
+        assert self.kept is not None
+        own = {f"{path}.{key}" if path else key: t for (path, key, _), t in self.kept.items() if t is not None}
+        return torch.func.functional_call(self.module, own, args, kwargs)
+
+    def merge(self, names: Sequence[str], check: bool = False) -> None:
+        names = self.here(names)
+        if names == self.merged or not names:
+            return
+        copied = self.adapters[names[-1]]
+        if check and not all(q.isfinite().all() for q in copied.parameters()):
+            raise ValueError(f"The retrained {self.path!r} of {names[-1]!r} is not finite; the adapter seems broken.")
+        first, kept = self.kept is None, {}
+        for path, part in copied.named_modules():
+            own = self.module.get_submodule(path)
+            for key, value in [*part._parameters.items(), *part._buffers.items()]:
+                is_param = key in part._parameters
+                table = own._parameters if is_param else own._buffers
+                old = table[key]
+                kept[path, key, is_param] = old
+                if value is None or old is None:
+                    continue
+                data = value.detach().to(old.dtype, copy=True)
+                table[key] = nn.Parameter(data, requires_grad=False) if is_param else data
+        if first:
+            self.kept = kept
+        self.merged = names
+
+    def unmerge(self) -> None:
+        for (path, key, is_param), value in (self.kept or {}).items():
+            own = self.module.get_submodule(path)
+            (own._parameters if is_param else own._buffers)[key] = value  # type: ignore[assignment]
+        self.settle()
+
+    def settle(self) -> None:
+        self.kept, self.merged = None, ()
+
+
+AnyPlace = Place | Retrained
+
+
+def by_rows(rows: Sequence[str], run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run each adapter on its rows of every argument that has the batch in front, and put the rows back in order.
+
+    Raises:
+        ValueError: the batch is no multiple of the rows that were named.
+    """
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim]
+    size = tensors[0].shape[0]
+    if size % len(rows):
+        raise ValueError(f"{len(rows)} adapter names were given for a batch of {size}; give one for each row.")
+    owner = torch.arange(len(rows), device=tensors[0].device).repeat_interleave(size // len(rows))
+    parts, order = [], []
+    for name in dict.fromkeys(rows):
+        of_name = torch.tensor([r == name for r in rows], device=owner.device)
+        index = of_name[owner].nonzero().squeeze(1)
+
+        def pick(a: Any, index: Tensor = index) -> Any:
+            return a[index] if isinstance(a, Tensor) and a.ndim and a.shape[0] == size else a
+
+        parts.append(run(name, *map(pick, args), **{k: pick(v) for k, v in kwargs.items()}))
+        order.append(index)
+    back = torch.cat(order).argsort()
+    return tree_map(lambda *found: torch.cat(found)[back] if isinstance(found[0], Tensor) else found[0], *parts)
+
+
+# ---- the class that a host gets ------------------------------------------------------------------------------------------
+class Inlaid:
+    """Mixed into the class of an adapted layer, in front of it."""
+
+    _inlay: dict[str, AnyPlace]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hook = self.__dict__.get("_host_forward")
+        call = super().forward if hook is None else hook  # type: ignore[misc]
+        place = self._inlay.get(self._call_place)  # type: ignore[attr-defined]
+        if place is not None:
+            if not args:
+                # The host may be called by the name of its input.
+                first = next(iter(kwargs))
+                args = (kwargs.pop(first),)
+            return place.forward(call, hook is None, args[0], args[1:], kwargs)
+        return self._reading(call, args, kwargs)
+
+    def _reading(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        session = next(iter(self._inlay.values())).session
+        rows = session.choice().rows
+
+        def run(row: str, *a: Any, **k: Any) -> Any:
+            with session.local(() if row == BASE else (row,)):
+                return self._reading(call, a, k)
+
+        if rows is not None:
+            return by_rows(rows, run, args, kwargs)
+        token = _read.set({})
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _read.reset(token)
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        cls = type(self)
+        return _revive, (cls._host, cls._reads, cls._call_place), self.__dict__  # type: ignore[attr-defined]
+
+
+def _reader(name: str) -> property:
+    def read(self: nn.Module) -> Any:
+        for place in self.__dict__["_inlay"].values():
+            if name in (place.site.name, place.site.bias_name):
+                return place.value(name)
+        return self._parameters[name]
+
+    return property(read)
+
+
+@cache
+def inlaid_class(host: type[nn.Module], reads: tuple[str, ...], call_place: str) -> type[nn.Module]:
+    """``host`` extended: names in ``reads`` are what the adapters make of them, calls go through the place ``call_place``."""
+    from .views import TunerLayer
+
+    body = {name: _reader(name) for name in reads}
+    body |= {"_host": host, "_reads": reads, "_call_place": call_place, "__module__": host.__module__, "__qualname__": host.__qualname__}
+    return type(f"Inlaid{host.__name__}", (TunerLayer, Inlaid, host), body)
+
+
+def _revive(host: type[nn.Module], reads: tuple[str, ...], call_place: str) -> nn.Module:
+    return object.__new__(inlaid_class(host, reads, call_place))
+
+
+def host_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has, or had before adapters were set into it."""
+    return type(module)._host if isinstance(module, Inlaid) else type(module)  # type: ignore[attr-defined]
+
+
+def inlay(module: nn.Module, place: AnyPlace) -> None:
+    """Set a place into a host; a second place of the same host joins the first."""
+    places: dict[str, AnyPlace] = module.__dict__.get("_inlay") or {}
+    fresh = not isinstance(module, Inlaid)
+    host = host_class(module)
+    places[place.name] = place
+    reads = []
+    for p in places.values():
+        if isinstance(p, Place) and p.site.reads:
+            reads += [n for n in (p.site.name, p.site.bias_name) if n is not None and n in module._parameters]
+    called = next((n for n, p in places.items() if isinstance(p, Retrained) or not p.site.reads), "none")
+    module.__dict__["_inlay"] = places
+    module.__class__ = inlaid_class(host, tuple(reads), called)
+    if fresh:
+        _take_over_hook(module)
+        module.adapters = nn.ModuleDict()
+
+
+def _take_over_hook(module: nn.Module) -> None:
+    """A forward that someone put on the instance goes on to run: around ours (accelerate's hooks) or inside it."""
+    own = vars(module)
+    if "_old_forward" in own:
+        module._old_forward = types.MethodType(Inlaid.forward, module)
+    elif "forward" in own:
+        module._host_forward = own.pop("forward")
+
+
+def lift(module: nn.Module, name: str) -> None:
+    """Take a place out again; with the last one the host is what it was."""
+    places = module.__dict__["_inlay"]
+    host, own = host_class(module), vars(module)
+    del places[name]
+    if places:
+        remaining = dict(places)
+        module.__dict__["_inlay"] = {}
+        for place in remaining.values():
+            inlay(module, place)
+        return
+    module.__class__ = host
+    del own["_inlay"], module._modules["adapters"]
+    if "_old_forward" in own:
+        module._old_forward = types.MethodType(host.forward, module)
+    if "_host_forward" in own:
+        module.forward = own.pop("_host_forward")
+
+
+def seat(place: AnyPlace, module: nn.Module, name: str, adapter: nn.Module) -> None:
+    """Give an adapter its name at a place. Raw parameters of one host share the adapter's name and keep their own below it."""
+    place.adapters[name] = adapter  # type: ignore[assignment]
+    adapter.train(module.training)
+    table: nn.ModuleDict = module.adapters  # type: ignore[assignment]
+    if place.name in ("", "weight"):
+        table[name] = adapter
+    else:
+        if name not in table:
+            table[name] = nn.ModuleDict()
+        table[name][place.name] = adapter  # type: ignore[index]
+
+
+def unseat(place: AnyPlace, module: nn.Module, name: str) -> None:
+    """Take an adapter away from a place, and the place away with the last."""
+    if place.merged:
+        place.unmerge()
+    del place.adapters[name]
+    table: nn.ModuleDict = module.adapters  # type: ignore[assignment]
+    if place.name in ("", "weight"):
+        del table[name]
+    else:
+        del table[name][place.name]  # type: ignore[union-attr]
+        if not table[name]:
+            del table[name]
+    if not place.adapters:
+        lift(module, place.name)
+
+
+def host_of(place: AnyPlace) -> nn.Module:
+    return place.module if isinstance(place, Retrained) else place.site.module
+
+
+def places(model: nn.Module) -> Iterator[AnyPlace]:
+    """Every adapted place of a model, in the order of its modules."""
+    for module in model.modules():
+        if isinstance(module, Inlaid):
+            yield from module._inlay.values()
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The session of a model that has adapters."""
+    found = model.__dict__.get("_inlay_session")
+    if isinstance(found, Session):
+        return found
+    return next((p.session for p in places(model)), None)

@@ -1,0 +1,339 @@
+"""The law: a method is a pure map on a matrix. Everything else is written once, for all methods.
+
+    around(p, inner, x) == site.apply(x, *fold(p, *inner.params()))
+
+`fold` says what becomes of weight and bias and is enough: forward, merge, mixed batch, stacking and conversion follow from
+it. `around` is the same map on the way through the layer, where there is a cheaper one. A method that is no function of the
+weight has no `fold`, and merging it is refused with its reason.
+
+The configuration is the method: the dataclass that users know carries the mathematics.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import CONFIGS, PeftConfig, nearest
+from .site import Site
+
+if TYPE_CHECKING:
+    from .inlaid import Adapter, Inner
+
+Init = Callable[[Tensor, torch.Generator], Any]
+
+
+# ---- parameters ---------------------------------------------------------------------------------------------------------
+def zeros(tensor: Tensor, _: torch.Generator) -> None:
+    tensor.zero_()
+
+
+def ones(tensor: Tensor, _: torch.Generator) -> None:
+    tensor.fill_(1)
+
+
+def constant(value: float) -> Init:
+    return lambda tensor, _: tensor.fill_(value)
+
+
+def normal(std: float = 1.0) -> Init:
+    return lambda tensor, generator: tensor.normal_(0, std, generator=generator)
+
+
+def kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
+    """The default of ``nn.Linear``: uniform within ``1 / sqrt(fan_in)``, fan_in being the last axis."""
+    bound = tensor.shape[-1] ** -0.5
+    tensor.uniform_(-bound, bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class Param:
+    """The declaration of one tensor of an adapter; nothing is allocated by it.
+
+    Args:
+        axes: ``"out"``, ``"in"``, ``"channel"`` or numbers, behind the batch axes of the site.
+        init: fills a float32 tensor in place, with a generator of its own.
+        key: the end of its key in a file; None stands for the parameter's name.
+        file_shape: its shape in a file, where the layout's own (`Site.in_file`) is not what HF writes.
+        trainable: a parameter, or a buffer.
+        persistent: goes to the file and the state dict.
+        batched: the batch axes of the site go before the axes.
+        dtype: a dtype of its own (indices); None follows the policy.
+    """
+
+    axes: tuple[str | int, ...]
+    init: Init = zeros
+    key: str | None = None
+    file_shape: tuple[int, ...] | None = None
+    trainable: bool = True
+    persistent: bool = True
+    batched: bool = True
+    dtype: torch.dtype | None = None
+
+    def shape(self, site: Site) -> tuple[int, ...]:
+        return (*(site.batch if self.batched else ()), *map(site.size, self.axes))
+
+    def to_file(self, site: Site, tensor: Tensor) -> Tensor:
+        if self.file_shape is not None:
+            return tensor.reshape(self.file_shape)
+        return site.in_file(self.axes, tensor) if self.batched else tensor
+
+    def from_file(self, site: Site, tensor: Tensor) -> Tensor:
+        if self.file_shape is not None or not self.batched:
+            return tensor.reshape(self.shape(site))
+        return site.from_file(self.axes, tensor)
+
+    def shape_in_file(self, site: Site) -> tuple[int, ...]:
+        return tuple(self.to_file(site, torch.empty(self.shape(site), device="meta")).shape)
+
+
+def generator_for(seed: int | None, *path: str) -> torch.Generator:
+    """A generator of its own for each tensor: it depends on the seed and the tensor's name, on nothing that ran before."""
+    return torch.Generator().manual_seed(zlib.crc32("/".join(path).encode()) + ((seed or 0) << 32))
+
+
+# ---- methods ------------------------------------------------------------------------------------------------------------
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(cls: type[PeftConfig]) -> type[PeftConfig]:
+    """Class decorator: make a configuration known by its ``peft_type``. A method becomes part of every table and every test."""
+    name = cls.__dataclass_fields__["peft_type"].default  # type: ignore[attr-defined]
+    CONFIGS[str(name)] = cls
+    if issubclass(cls, Method):
+        METHODS[str(name)] = cls
+    return cls
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class Method(PeftConfig):
+    """The options that all methods on weights have in common, and the law that they obey.
+
+    Args:
+        target_modules: suffixes of module names, or one regular expression for whole names, or ``"all-linear"``; where None,
+            the defaults of the base's architecture.
+        exclude_modules: as above, taken out again.
+        layers_to_transform: only in the blocks of these indices.
+        layers_pattern: the name of the list of blocks that the indices count.
+        bias: ``"none"``, ``"all"`` or ``"<method>_only"``: retrain the biases of all, or of the adapted, layers.
+        modules_to_save: modules to retrain and save as a whole.
+        target_parameters: names of raw ``nn.Parameter`` to adapt, such as stacks of experts.
+        trainable_token_indices: rows of the embedding to retrain beside the method.
+        ensure_weight_tying: give weights that are tied in the base one adapter in common.
+        overrides: other values of any field by pattern of module names, ``{"layers.0.*q_proj": {"r": 16}}``.
+        seed: of the initial values, which depend on it and on the names of the modules alone.
+    """
+
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata=_help("Names or regex of the modules to adapt."))
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata=_help("Names or regex of modules to leave out."))
+    layers_to_transform: list[int] | int | None = field(default=None, metadata=_help("Indices of the blocks to adapt."))
+    layers_pattern: list[str] | str | None = field(default=None, metadata=_help("Name of the list of blocks."))
+    bias: str = field(default="none", metadata=_help("Which biases to retrain: none, all or <method>_only."))
+    modules_to_save: list[str] | None = field(default=None, metadata=_help("Modules to retrain and save as a whole."))
+    target_parameters: list[str] | None = field(default=None, metadata=_help("Names of raw parameters to adapt."))
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None, metadata=_help("Embedding rows to retrain."))
+    ensure_weight_tying: bool = field(default=False, metadata=_help("One adapter for weights that are tied in the base."))
+    overrides: dict[str, dict[str, Any]] | None = field(default=None, metadata=_help("Other values of any field by module pattern."))
+    seed: int | None = field(default=None, metadata=_help("Seed of the initial values."))
+
+    prefix: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    ours: ClassVar[frozenset[str]] = frozenset(
+        {"target_parameters", "trainable_token_indices", "ensure_weight_tying", "overrides", "seed", "bias"}
+    )
+    # Why the method cannot be merged; empty where it has a fold.
+    unmergeable: ClassVar[str] = ""
+    # The patterns that stand for one field each: {"rank_pattern": "r"}.
+    patterns: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` counts the blocks for `layers_to_transform`; set that too.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be combined with a regex in `target_modules`; put the indices in the regex.")
+        only = f"{self.prefix}only"
+        if self.bias not in ("none", "all", only):
+            raise ValueError(f"bias={self.bias!r} is not one of 'none', 'all', {only!r}.{nearest(self.bias, ['none', 'all', only])}")
+        for pattern, fields in (self.overrides or {}).items():
+            for name in fields:
+                if name not in self.field_names():
+                    raise ValueError(f"overrides[{pattern!r}]: unknown field {name!r}.{nearest(name, self.field_names())}")
+
+    # -- which parameters, and where --
+    def refuses(self, site: Site) -> str | None:
+        """The mathematical reason why the method cannot act on a site, or None."""
+        return None
+
+    def params(self, site: Site) -> dict[str, Param]:
+        """The tensors that the method keeps for a site, declared."""
+        raise TypeError(f"{type(self).__name__} declares no parameters")
+
+    def shared(self, sites: Sequence[Site]) -> nn.Module | None:
+        """What all layers of one adapter have in common. It hangs on the first of them and reaches the others as ``p.shared``."""
+        return None
+
+    def at(self, path: str) -> Method:
+        """The method as it is for the module of this name: patterns applied, and the variant that the options ask for."""
+        changes: dict[str, Any] = {}
+        for attribute, name in self.patterns.items():
+            hit = next((v for k, v in (getattr(self, attribute) or {}).items() if matches(k, path)), None)
+            if hit is not None:
+                changes[name] = hit
+        for pattern, fields in (self.overrides or {}).items():
+            if matches(pattern, path):
+                changes |= fields
+        return (replace(self, **changes) if changes else self).variant()
+
+    def variant(self) -> Method:
+        """The class that carries the mathematics of the options that are set."""
+        return self
+
+    def become(self, cls: type[Method]) -> Method:
+        """The same fields under the mathematics of another class."""
+        other = copy.copy(self)
+        other.__class__ = cls
+        return other
+
+    def start(self, p: Adapter) -> None:
+        """Set what the initial values of single tensors cannot know: called once all of them are there."""
+
+    def default_targets(self) -> dict[str, list[str]]:
+        """The modules to adapt where none are named, by ``model_type`` of the base."""
+        from .targets import DEFAULT_TARGETS
+
+        return DEFAULT_TARGETS
+
+    # -- the law --
+    def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the method makes of the weight ``(*batch, out, in)`` and the bias. Half precision comes in as float32."""
+        raise TypeError(self.unmergeable or f"{type(self).__name__} is not a function of the weight")
+
+    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        """The adapted layer on ``x``, given the layer so far."""
+        w, b = inner.params()
+        w, b = folded(p, w, b)
+        dtype = inner.site.dtype
+        return inner.site.apply(x, w.to(dtype), None if b is None else b.to(dtype))
+
+
+def matches(pattern: str, path: str) -> bool:
+    """HF's rule for ``rank_pattern`` and its like: the pattern is the end of the name, from a dot on; ``^`` anchors it."""
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def full(t: Tensor) -> Tensor:
+    """At least single precision: products of half-precision factors lose digits that a merge would keep for ever."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) or t.dtype.itemsize == 1 else t
+
+
+def folded(p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`Method.fold` in full precision and at the adapter's strength: 0 is the base, 1 the adapter."""
+    w, b = full(w), None if b is None else full(b)
+    new_w, new_b = p.method.fold(p, w, b)
+    if p.strength != 1 and not isinstance(p.method, Additive):
+        new_w = torch.lerp(w, new_w, p.strength)
+        if new_b is not None:
+            new_b = torch.lerp(torch.zeros_like(new_b) if b is None else b, new_b, p.strength)
+    return new_w, new_b
+
+
+class Additive(Method):
+    """A method that adds to the weight: it gives `delta`, and may give `delta_bias`."""
+
+    def delta(self, p: Adapter) -> Tensor:
+        """What is added to the weight, ``(*batch, out, in)``, at strength 1."""
+        raise NotImplementedError
+
+    def delta_bias(self, p: Adapter) -> Tensor | None:
+        """What is added to the bias, ``(out,)``."""
+        return None
+
+    @property
+    def dropout(self) -> float:
+        """The share of inputs that the added path leaves out in training."""
+        return 0.0
+
+    def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        extra = self.delta_bias(p)
+        if extra is not None:
+            extra = p.strength * full(extra)
+            b = extra if b is None else b + extra
+        return w + p.strength * full(self.delta(p)), b
+
+    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        y = inner(x)
+        extra = self.delta_bias(p)
+        x, delta = meet(F.dropout(x, self.dropout, p.training) if x.is_floating_point() else x, self.delta(p))
+        return add(y, inner.site.apply(x, delta, extra), p.strength)
+
+
+class LowRank(Additive):
+    """A method whose delta is ``scaling * B A``: it gives `factors`."""
+
+    @property
+    def scaling(self) -> float:
+        return 1.0
+
+    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """``A (*batch, r, in)`` and ``B (*batch, out, r)``."""
+        raise NotImplementedError
+
+    def delta(self, p: Adapter) -> Tensor:
+        a, b = self.factors(p)
+        return self.scaling * (full(b) @ full(a))
+
+    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        from ..kernels.lowrank import linear_plus_low_rank
+
+        a, b = self.factors(p)
+        extra = self.delta_bias(p)
+        scale = self.scaling * p.strength
+        rate = self.dropout if p.training else 0.0
+        dense = inner.dense
+        if dense is not None and extra is None:
+            return linear_plus_low_rank(x, *dense, a, b, scale, rate)
+        y = inner(x)
+        if rate and x.is_floating_point():
+            x = F.dropout(x, rate)
+        x, a, b = meet(x, a, b)
+        if extra is not None:
+            y = add(y, inner.site.rows(extra), p.strength)
+        return add(y, inner.site.up(inner.site.down(x, a), b), scale)
+
+
+def meet(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+    """Input and parameters in one dtype: that of the parameters, or autocast's, which then does it without a copy of ours."""
+    if not x.is_floating_point():
+        return x, *params
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), *(q.to(dtype) for q in params)
+    return x.to(params[0].dtype), *params
+
+
+def add(y: Tensor, h: Tensor, scale: float) -> Tensor:
+    """``y + scale * h`` in the dtype of ``y``, rounded once."""
+    return torch.add(y, h, alpha=scale).to(y.dtype)
+
+
+def count(declared: dict[str, Param], site: Site) -> int:
+    """How many numbers the trainable parameters hold."""
+    return sum(prod(q.shape(site)) for q in declared.values() if q.trainable)

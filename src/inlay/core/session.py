@@ -1,0 +1,88 @@
+"""The only record of who is active in one model.
+
+What a ``with`` block or the rows of a batch choose is local to the thread or asyncio task that chose it, so two requests that
+run on one model never see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .config import PeftConfig, nearest
+
+BASE = "__base__"
+
+
+class Choice(NamedTuple):
+    """Adapters for the whole batch, in the order in which they act; or one adapter (or `BASE`) for each row."""
+
+    names: tuple[str, ...]
+    rows: tuple[str, ...] | None = None
+
+
+_local: ContextVar[tuple[tuple[Session, Choice], ...]] = ContextVar("inlay_choices", default=())
+
+
+@dataclass(eq=False)
+class Session:
+    """The adapters of one model.
+
+    Attributes:
+        configs: the configuration of each adapter by name; ``model.peft_config`` is this dictionary.
+        active: the names chosen by `set_adapter`.
+        enabled: whether they act.
+        trainable: the adapters that are trained while they are active.
+        frozen: base parameters that had been trainable; the last detaching sets them free again.
+        traced: the innermost local choice of any thread. torch.compile cannot read a context variable, so a compiled graph
+            is guarded by this attribute instead; it follows ``with`` blocks, but does not tell threads apart.
+    """
+
+    configs: dict[str, PeftConfig] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+    trainable: set[str] = field(default_factory=set)
+    frozen: list[nn.Parameter] = field(default_factory=list)
+    traced: Choice | None = None
+
+    def choice(self) -> Choice:
+        """Who acts here and now."""
+        if torch.compiler.is_compiling():
+            if self.traced is not None:
+                return self.traced
+        else:
+            for session, choice in reversed(_local.get()):
+                if session is self:
+                    return choice
+        return Choice(self.active if self.enabled else ())
+
+    def check(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The names as a tuple.
+
+        Raises:
+            ValueError: one of them is no adapter of this model.
+        """
+        for name in names:
+            if name not in self.configs:
+                raise ValueError(f"Adapter {name!r} not found.{nearest(name, self.configs)} Loaded: {', '.join(self.configs) or 'none'}.")
+        return tuple(names)
+
+    @contextmanager
+    def local(self, names: Sequence[str] = (), rows: Sequence[str] | None = None) -> Iterator[None]:
+        """Choose for this thread or task until the block ends; blocks nest."""
+        choice = Choice(self.check(names), None if rows is None else tuple(rows))
+        if rows is not None:
+            self.check([r for r in dict.fromkeys(rows) if r != BASE])
+        before, token = self.traced, _local.set((*_local.get(), (self, choice)))
+        self.traced = choice
+        try:
+            yield
+        finally:
+            self.traced = before
+            _local.reset(token)

@@ -1,0 +1,349 @@
+"""Layouts: how an operator's weight is a matrix ``(*batch, out, in)``, and how to apply the operator with another one.
+
+A `Site` is one weight of one module. It knows nothing of methods and nothing of how the weight is stored. Batch axes are
+there where one tensor holds several independent matrices: the groups of a convolution, the experts of a stack.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .stores import Store, store_of
+
+LAYOUTS: dict[str, type[Site]] = {}
+
+
+def layout(*hosts: type[nn.Module] | str) -> Callable[[type[Site]], type[Site]]:
+    """Register a layout for host classes, given as classes or, for those of libraries that may be absent, by dotted name."""
+
+    def register(cls: type[Site]) -> type[Site]:
+        for host in hosts:
+            LAYOUTS[host if isinstance(host, str) else f"{host.__module__}.{host.__qualname__}"] = cls
+        return cls
+
+    return register
+
+
+def site_of(module: nn.Module) -> Site | None:
+    """The site of a module's own weight, or None where the module has no weight that we know as a matrix."""
+    for cls in type(module).__mro__:
+        found = LAYOUTS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if found is not None:
+            return found(module)
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.ndim == 1 and type(module).__name__.endswith("Norm"):
+        return Norm(module)
+    return None
+
+
+class Site:
+    """A weight seen as a matrix ``(out, in)``; this base class is the layout of ``nn.Linear``.
+
+    Attributes:
+        module: the host.
+        name: the weight's name in the host.
+        bias_name: the name of the bias that goes with it.
+        reads: the host reads its weight itself (a norm, an attention's packed projection, an expert stack), so an adapter
+            acts by what the host reads, not by what goes in and comes out.
+    """
+
+    reads = False
+
+    def __init__(self, module: nn.Module, name: str = "weight", bias_name: str | None = "bias") -> None:
+        self.module, self.name, self.bias_name = module, name, bias_name
+        self.store: Store = store_of(module)
+
+    # ---- shapes -------------------------------------------------------------------------------------------------------
+    @property
+    def raw_shape(self) -> torch.Size:
+        """The shape in which the host keeps its weight."""
+        return self.store.shape(self.module, self.name)
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        """``(*batch, out, in)``."""
+        return self.matrix(torch.empty(self.raw_shape, device="meta")).shape
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.shape[:-2]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The extent of a convolution's kernel; empty elsewhere."""
+        return ()
+
+    def size(self, axis: str | int) -> int:
+        """The length of a named axis: ``"out"``, ``"in"``, ``"channel"`` (outputs that share a bias); numbers are themselves."""
+        if isinstance(axis, int):
+            return axis
+        sizes = {"out": self.shape[-2], "in": self.shape[-1], "channel": self.shape[-2] // self._rows_per_channel}
+        return sizes[axis]
+
+    _rows_per_channel = 1
+
+    def matrix(self, raw: Tensor) -> Tensor:
+        """The host's tensor as ``(*batch, out, in)``: a view."""
+        return raw
+
+    def raw(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        return matrix
+
+    def in_file(self, axes: tuple[str | int, ...], tensor: Tensor) -> Tensor:
+        """A parameter with these axes as the file format of HF peft has it."""
+        return tensor
+
+    def from_file(self, axes: tuple[str | int, ...], tensor: Tensor) -> Tensor:
+        """The inverse of `in_file`."""
+        return tensor.reshape(*self.batch, *map(self.size, axes))
+
+    # ---- reading and writing ------------------------------------------------------------------------------------------
+    @property
+    def device(self) -> torch.device:
+        return self.store.tensor(self.module, self.name).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the host computes; float32 where the store has none of its own."""
+        return self.store.dtype(self.module, self.name)
+
+    def bias(self) -> Tensor | None:
+        return self.module._parameters.get(self.bias_name) if self.bias_name else None
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """The weight as a matrix, and the bias."""
+        return self.matrix(self.store.read(self.module, self.name)), self.bias()
+
+    def write(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Put another weight and bias in the place of the host's, as new tensors: what was there is not written to."""
+        self.store.write(self.module, self.name, self.raw(weight))
+        old = self.bias()
+        if bias is not old and self.bias_name:
+            data = None if bias is None else bias.detach().to(self.dtype)
+            self.module._parameters[self.bias_name] = None if data is None else nn.Parameter(data, requires_grad=False)
+
+    # ---- the operator -------------------------------------------------------------------------------------------------
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Site:
+        """This site for one call with further arguments."""
+        return self
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The host's operator on ``x`` with another matrix and bias."""
+        return F.linear(x, weight, bias)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """The right factor ``a (*batch, r, in)`` of a product, applied to the host's input."""
+        return F.linear(x, a)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        """The left factor ``b (*batch, out, r)``, applied to what `down` gave."""
+        return F.linear(h, b)
+
+    def rows(self, v: Tensor) -> Tensor:
+        """A value a channel ``(*batch, channel)``, shaped to broadcast against the host's output."""
+        return v
+
+    def spread(self, v: Tensor) -> Tensor:
+        """A value a channel, repeated for each row of the matrix: ``(*batch, out)``."""
+        return v
+
+
+@layout(nn.Linear)
+class Linear(Site):
+    """``nn.Linear``: the weight is the matrix."""
+
+
+@layout("transformers.pytorch_utils.Conv1D")
+class TransposedLinear(Site):
+    """GPT-2's ``Conv1D``, which keeps ``(in, out)``."""
+
+    def matrix(self, raw: Tensor) -> Tensor:
+        return raw.mT
+
+    raw = matrix
+
+
+@layout(nn.Embedding)
+class Embedding(TransposedLinear):
+    """``nn.Embedding`` as a linear map of one-hot rows: the matrix is ``(dim, tokens)``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, bias_name=None)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        m = self.module
+        return {"padding_idx": m.padding_idx, "scale_grad_by_freq": m.scale_grad_by_freq}
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        # Some models (Gemma) multiply what they look up.
+        scale = getattr(self.module, "embed_scale", None)
+        if scale is None:
+            return y
+        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._scaled(F.embedding(x, weight.mT, **self._options))
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.embedding(x, a.mT, **self._options)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        return self._scaled(F.linear(h, b))
+
+
+class _AnyConv(Site):
+    """What convolutions of either direction share: groups as a batch axis, the kernel, broadcasting over channels."""
+
+    @property
+    def groups(self) -> int:
+        return self.module.groups
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return tuple(self.module.kernel_size)
+
+    @property
+    def _batch(self) -> tuple[int, ...]:
+        return (self.groups,) if self.groups > 1 else ()
+
+    def _pointwise(self, x: Tensor, m: Tensor) -> Tensor:
+        m = m.flatten(0, -2)
+        conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+        return conv(x, m.view(*m.shape, *(1 for _ in self.kernel)), groups=self.groups)
+
+    def rows(self, v: Tensor) -> Tensor:
+        return v.reshape(-1, *(1 for _ in self.kernel))
+
+
+@layout(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class Conv(_AnyConv):
+    """Convolutions as a matrix on patches: ``(out, in * kernel)``, or ``(groups, out / groups, in / groups * kernel)``.
+
+    torch's own forward applies any other kernel of the same extent, so stride, padding of every mode, dilation and groups
+    need no word here.
+    """
+
+    def matrix(self, raw: Tensor) -> Tensor:
+        return raw.reshape(*self._batch, -1, prod(raw.shape[1:]))
+
+    def raw(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(-1, self.module.in_channels // self.groups, *self.kernel)
+
+    def in_file(self, axes: tuple[str | int, ...], tensor: Tensor) -> Tensor:
+        if len(axes) != 2:
+            return tensor
+        kernel = self.kernel if axes[1] == "in" else (1,) * len(self.kernel)
+        inner = self.module.in_channels // self.groups if axes[1] == "in" else tensor.shape[-1]
+        return tensor.reshape(-1, inner, *kernel)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.module._conv_forward(x, self.raw(weight), bias)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return self.apply(x, a)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        return self._pointwise(h, b)
+
+
+@layout(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+class ConvTranspose(_AnyConv):
+    """Transposed convolutions: each input channel goes to ``out * kernel`` places, so the matrix is ``(out * kernel, in)``."""
+
+    output_size: list[int] | None = None
+
+    @property
+    def _rows_per_channel(self) -> int:
+        return prod(self.kernel)
+
+    def matrix(self, raw: Tensor) -> Tensor:
+        return raw.reshape(*self._batch, raw.shape[0] // self.groups, -1).mT
+
+    def raw(self, matrix: Tensor) -> Tensor:
+        return matrix.mT.reshape(-1, self.module.out_channels // self.groups, *self.kernel)
+
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Site:
+        output_size = kwargs.get("output_size", args[0] if args else None)
+        if output_size is None:
+            return self
+        bound = copy.copy(self)
+        bound.output_size = output_size
+        return bound
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        m, n = self.module, len(self.kernel)
+        padding = m._output_padding(x, self.output_size, m.stride, m.padding, m.kernel_size, n, m.dilation)
+        conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
+        return conv(x, self.raw(weight), bias, m.stride, m.padding, padding, m.groups, m.dilation)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return self._pointwise(x, a)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        return self.apply(h, b)
+
+    def spread(self, v: Tensor) -> Tensor:
+        return v.repeat_interleave(self._rows_per_channel, -1)
+
+
+class Read(Site):
+    """A weight that its host reads itself. The host's forward with another tensor in that place is the operator."""
+
+    reads = True
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        swapped = {self.name: self.raw(weight)}
+        if self.bias() is not None and self.bias_name is not None and bias is not None:
+            swapped[self.bias_name] = bias
+        return torch.func.functional_call(self.module, swapped, x)
+
+
+@layout(nn.LayerNorm, nn.GroupNorm)
+class Norm(Read):
+    """The scale of a norm, any LayerNorm or RMSNorm, as a matrix ``(dim, 1)``."""
+
+    def matrix(self, raw: Tensor) -> Tensor:
+        return raw.reshape(-1, 1)
+
+    def raw(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self.raw_shape)
+
+
+class Stack(Read):
+    """A raw ``nn.Parameter``: a matrix, or a stack of experts ``(experts, out, in)``.
+
+    transformers marks hosts that keep ``(experts, in, out)`` with ``is_transposed``. HF peft writes the ranks of a stack side
+    by side: A as ``(experts * r, in)``, B as ``(out, r * experts)`` with the experts innermost.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module, name, f"{name}_bias")
+
+    @property
+    def _transposed(self) -> bool:
+        return len(self.raw_shape) == 3 and bool(getattr(self.module, "is_transposed", False))
+
+    def matrix(self, raw: Tensor) -> Tensor:
+        return raw.mT if self._transposed else raw
+
+    raw = matrix
+
+    def in_file(self, axes: tuple[str | int, ...], tensor: Tensor) -> Tensor:
+        if len(axes) != 2 or tensor.ndim != 3:
+            return tensor
+        return tensor.flatten(0, 1) if axes[1] == "in" else tensor.permute(1, 2, 0).flatten(1)
+
+    def from_file(self, axes: tuple[str | int, ...], tensor: Tensor) -> Tensor:
+        if len(axes) != 2 or not self.batch or axes[1] == "in":
+            return super().from_file(axes, tensor)
+        return tensor.reshape(*map(self.size, axes), *self.batch).permute(2, 0, 1).contiguous()

@@ -1,0 +1,62 @@
+"""DoRA: ``W' = m * V / |V|`` by rows with ``V = W + s B A`` (Liu et al. 2024, arXiv 2402.09353), a variant of LoRA.
+
+The paper treats ``|V|`` as a constant in the backward pass. ``V`` is never formed on the way through a layer: its norms follow
+from ``|V|^2 = |W|^2 + 2 s <W A', B> + s^2 <B (A A'), B>`` by rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..core.method import Method, Param, full, meet, zeros
+from ..core.site import Embedding, Site
+from .lora import LoraConfig
+
+if TYPE_CHECKING:
+    from ..core.inlaid import Adapter, Inner
+
+
+class Dora(LoraConfig):
+    """LoRA with ``use_dora=True``."""
+
+    def params(self, site: Site) -> dict[str, Param]:
+        in_file = (1, site.module.out_channels, *(1 for _ in site.kernel)) if site.kernel else None
+        return super().params(site) | {"lora_magnitude_vector": Param(("out",), zeros, file_shape=in_file)}
+
+    def start(self, p: Adapter) -> None:
+        w, _ = p.site.read()
+        p.lora_magnitude_vector.data.copy_(row_norms(w, *self.factors(p), self.scaling))
+
+    def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        v = w + p.strength * self.delta(p)
+        return (p.lora_magnitude_vector / v.norm(dim=-1).detach()).unsqueeze(-1) * v, b
+
+    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        site = inner.site
+        if isinstance(site, Embedding) or site.size("channel") != site.size("out"):
+            return Method.around(self, p, inner, x)
+        a, b = self.factors(p)
+        w, bias = inner.params()
+        scale = self.scaling * p.strength
+        gain = p.lora_magnitude_vector / row_norms(w, a, b, scale)
+        y = inner(x)
+        plain = y if bias is None else y - site.rows(bias).to(y.dtype)
+        if self.dropout and p.training:
+            # As in HF: what is left out of the input is missing from all of the rescaled part.
+            x = F.dropout(x, self.dropout)
+            plain = site.apply(x, w.to(x.dtype))
+        x, a, b = meet(x, a, b)
+        gain = site.rows(gain)
+        return (y + (gain - 1) * plain + gain * scale * site.up(site.down(x, a), b)).to(y.dtype)
+
+
+def row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``|W + scale B A|`` by rows, ``(*batch, out)``, without forming the sum; no gradient flows through it."""
+    with torch.no_grad():
+        w, a, b = full(w), full(a), full(b)
+        square = w.square().sum(-1) + 2 * scale * ((w @ a.mT) * b).sum(-1) + scale**2 * ((b @ (a @ a.mT)) * b).sum(-1)
+        return square.clamp_min_(0).sqrt_()

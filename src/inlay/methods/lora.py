@@ -1,0 +1,184 @@
+"""LoRA: ``W + s B A`` with ``s = alpha / r`` (Hu et al. 2021, arXiv 2106.09685), or ``alpha / sqrt(r)`` (rsLoRA, 2312.03732)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.config import PeftType, nearest
+from ..core.inlaid import Adapter
+from ..core.method import Init, LowRank, Method, Param, kaiming_uniform, normal, register, zeros
+from ..core.site import Embedding, Site, _AnyConv
+
+INITS = ("gaussian", "orthogonal")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Options of a session that are never written to a file.
+
+    Args:
+        ephemeral_gpu_offload: for HF's signature; nothing here needs it.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+
+@register
+@dataclass
+class LoraConfig(LowRank):
+    """LoRA and its options; HF peft's fields.
+
+    Args:
+        r: rank of the update.
+        lora_alpha: the update is scaled by ``lora_alpha / r``.
+        lora_dropout: share of inputs that the update leaves out in training, in [0, 1).
+        fan_in_fan_out: for HF's signature; the layout of a layer is known from its type.
+        use_rslora: scale by ``lora_alpha / sqrt(r)``.
+        init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with standard deviation ``1 / r``),
+            ``"orthogonal"`` (A and B from one orthonormal basis, their product zero), or False (both random, for tests).
+        rank_pattern, alpha_pattern: other ranks and alphas by pattern of module names.
+        use_dora: weight decomposition (see `Dora`).
+        lora_bias: a bias in B.
+        alora_invocation_tokens, loftq_config, eva_config, corda_config, lora_ga_config, velora_config, use_qalora,
+            qalora_group_size, monteclora_config, layer_replication, use_bdlora, arrow_config, kasa_config, megatron_config,
+            megatron_core, runtime_config: for HF's signature and files; a value that asks for a variant that is not here yet
+            is refused by name.
+
+    Raises:
+        ValueError: the rank is no positive integer, an option is unknown, or options contradict each other.
+    """
+
+    peft_type: str | None = PeftType.LORA
+    r: int = field(default=8, metadata=_help("Rank of the update."))
+    lora_alpha: float = field(default=8, metadata=_help("The update is scaled by lora_alpha / r."))
+    lora_dropout: float = field(default=0.0, metadata=_help("Share of inputs that the update leaves out in training."))
+    fan_in_fan_out: bool = field(default=False, metadata=_help("Ignored: a layer's layout is known from its type."))
+    use_rslora: bool = field(default=False, metadata=_help("Scale by lora_alpha / sqrt(r)."))
+    init_lora_weights: bool | str = field(default=True, metadata=_help("true, false, gaussian or orthogonal."))
+    rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata=_help("Other ranks by module pattern."))
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata=_help("Other alphas by module pattern."))
+    megatron_config: dict[str, Any] | None = field(default=None, metadata=_help("For HF's files."))
+    megatron_core: str | None = field(default="megatron.core", metadata=_help("For HF's files."))
+    loftq_config: Any = field(default_factory=dict, metadata=_help("For HF's files."))
+    eva_config: Any = field(default=None, metadata=_help("For HF's files."))
+    corda_config: Any = field(default=None, metadata=_help("For HF's files."))
+    lora_ga_config: Any = field(default=None, metadata=_help("For HF's files."))
+    use_dora: bool = field(default=False, metadata=_help("Weight decomposition: train the rows' magnitudes apart."))
+    velora_config: Any = field(default=None, metadata=_help("For HF's files."))
+    alora_invocation_tokens: list[int] | None = field(default=None, metadata=_help("For HF's files."))
+    use_qalora: bool = field(default=False, metadata=_help("For HF's files."))
+    qalora_group_size: int = field(default=16, metadata=_help("For HF's files."))
+    monteclora_config: Any = field(default=None, metadata=_help("For HF's files."))
+    layer_replication: list[tuple[int, int]] | None = field(default=None, metadata=_help("For HF's files."))
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, metadata=_help("Options of this session."))
+    lora_bias: bool = field(default=False, metadata=_help("A bias in B."))
+    use_bdlora: Any = field(default=None, metadata=_help("For HF's files."))
+    arrow_config: Any = field(default=None, metadata=_help("For HF's files."))
+    kasa_config: Any = field(default=None, metadata=_help("For HF's files."))
+
+    prefix: ClassVar[str] = "lora_"
+    paper: ClassVar[str] = "arXiv 2106.09685"
+    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    ours: ClassVar[frozenset[str]] = frozenset({"overrides", "seed"})
+    absent: ClassVar[tuple[str, ...]] = (
+        "alora_invocation_tokens", "velora_config", "use_qalora", "monteclora_config", "layer_replication", "use_bdlora",
+        "arrow_config", "kasa_config",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.runtime_config, dict):
+            self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
+            raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` is a share in [0, 1), not {self.lora_dropout!r}.")
+        init = self.init_lora_weights
+        if not isinstance(init, bool) and init not in INITS:
+            raise ValueError(f"Unknown init_lora_weights={init!r}.{nearest(str(init), INITS)} Known: True, False, {', '.join(INITS)}.")
+        if init == "orthogonal" and self.r % 2:
+            raise ValueError(f"init_lora_weights='orthogonal' splits the rank in two halves; r={self.r} is odd.")
+        for name in self.absent:
+            if getattr(self, name):
+                raise ValueError(f"LoRA with `{name}` is not available; leave the option at its default.")
+        if self.use_dora and self.lora_bias:
+            raise ValueError("`lora_bias` cannot be combined with `use_dora`: the bias is outside the decomposition.")
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
+
+    def variant(self) -> Method:
+        from .dora import Dora
+
+        return self.become(Dora) if self.use_dora else self
+
+    def refuses(self, site: Site) -> str | None:
+        groups = getattr(site.module, "groups", 1) if isinstance(site, _AnyConv) else 1
+        if self.r % groups:
+            return f"its {groups} groups share the rank, and r={self.r} is not divisible by {groups}"
+        if self.lora_bias and isinstance(site, Embedding):
+            return "an embedding has no bias for `lora_bias`"
+        return None
+
+    def names(self, site: Site) -> tuple[str, str]:
+        """How HF calls A and B at this site."""
+        return ("lora_embedding_A", "lora_embedding_B") if isinstance(site, Embedding) else ("lora_A", "lora_B")
+
+    def params(self, site: Site) -> dict[str, Param]:
+        a, b = self.names(site)
+        end = "" if isinstance(site, Embedding) else ".weight"
+        groups = getattr(site.module, "groups", 1) if isinstance(site, _AnyConv) else 1
+        r = self.r // groups
+        init_a, init_b = self._inits(site)
+        declared = {a: Param((r, "in"), init_a, a + end), b: Param(("out", r), init_b, b + end)}
+        if self.lora_bias:
+            start = zeros if self.init_lora_weights else normal(site.size("channel") ** -0.5)
+            declared["lora_B_bias"] = Param(("channel",), start, "lora_B.bias")
+        return declared
+
+    def _inits(self, site: Site) -> tuple[Init, Init]:
+        init = self.init_lora_weights
+        if init == "orthogonal":
+            return _orthogonal(self.r, self.scaling, 1), _orthogonal(self.r, self.scaling, 0)
+        if isinstance(site, Embedding):
+            # HF starts an embedding's update with the other factor at zero: what is looked up is then dense.
+            return (zeros, normal()) if init else (normal(), normal())
+        start = normal(1 / self.r) if init == "gaussian" else kaiming_uniform
+        return start, zeros if init else kaiming_uniform
+
+    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        a, b = self.names(p.site)
+        return getattr(p, a), getattr(p, b)
+
+    def delta_bias(self, p: Adapter) -> Tensor | None:
+        return self.scaling * p.lora_B_bias if self.lora_bias else None
+
+
+def _orthogonal(r: int, scaling: float, half: int) -> Init:
+    """A from the odd and B from the even columns of one orthogonal r x r basis, so that ``B A = 0`` while neither is zero."""
+
+    def start(tensor: Tensor, generator: torch.Generator) -> None:
+        # Both factors must see one basis, so its generator is made anew from what they share: the rank.
+        shared = torch.Generator().manual_seed(r)
+        basis, _ = torch.linalg.qr(torch.randn(r, r, generator=shared))
+        columns = basis[half::2]
+        if half:
+            tensor.copy_((torch.randn(*tensor.shape[:-2], tensor.shape[-1], r // 2, generator=generator) @ columns).mT / 10 / scaling**0.5)
+        else:
+            tensor.copy_(torch.randn(*tensor.shape[:-1], r // 2, generator=generator) @ columns / 10 / scaling**0.5)
+
+    return start

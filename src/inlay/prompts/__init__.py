@@ -1,0 +1,1 @@
+"""Methods that act on the inputs of the whole model."""
