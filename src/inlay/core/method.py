@@ -169,7 +169,7 @@ class Method(PeftConfig):
             raise ValueError("`layers_pattern` counts the blocks for `layers_to_transform`; set that too.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be combined with a regex in `target_modules`; put the indices in the regex.")
-        only = f"{self.prefix}only"
+        only = f"{self.prefix.partition('_')[0]}_only"
         if self.bias not in ("none", "all", only):
             raise ValueError(f"bias={self.bias!r} is not one of 'none', 'all', {only!r}.{nearest(self.bias, ['none', 'all', only])}")
         for pattern, fields in (self.overrides or {}).items():
@@ -178,6 +178,9 @@ class Method(PeftConfig):
                     raise ValueError(f"overrides[{pattern!r}]: unknown field {name!r}.{nearest(name, self.field_names())}")
 
     # -- which parameters, and where --
+    def prepare(self, model_type: str | None) -> None:
+        """Fill in the options whose defaults depend on the base's architecture, before modules are looked for."""
+
     def refuses(self, site: Site) -> str | None:
         """The mathematical reason why the method cannot act on a site, or None."""
         return None

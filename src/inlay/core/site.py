@@ -82,13 +82,17 @@ class Site:
         return ()
 
     def size(self, axis: str | int) -> int:
-        """The length of a named axis: ``"out"``, ``"in"``, ``"channel"`` (outputs that share a bias); numbers are themselves."""
+        """The length of a named axis; numbers are themselves.
+
+        ``"out"``, ``"in"``, ``"channel"`` (rows that share a bias count as one), ``"feature"`` (so do columns of one input channel).
+        """
         if isinstance(axis, int):
             return axis
-        sizes = {"out": self.shape[-2], "in": self.shape[-1], "channel": self.shape[-2] // self._rows_per_channel}
-        return sizes[axis]
+        out, inner = self.shape[-2:]
+        return {"out": out, "in": inner, "channel": out // self._rows_per_channel, "feature": inner // self._columns_per_feature}[axis]
 
     _rows_per_channel = 1
+    _columns_per_feature = 1
 
     def matrix(self, raw: Tensor) -> Tensor:
         """The host's tensor as ``(*batch, out, in)``: a view."""
@@ -149,12 +153,16 @@ class Site:
         return F.linear(h, b)
 
     def rows(self, v: Tensor) -> Tensor:
-        """A value a channel ``(*batch, channel)``, shaped to broadcast against the host's output."""
+        """A value a channel (or feature) ``(*batch, channel)``, shaped to broadcast against the host's output (or input)."""
         return v
 
     def spread(self, v: Tensor) -> Tensor:
         """A value a channel, repeated for each row of the matrix: ``(*batch, out)``."""
-        return v
+        return v.repeat_interleave(self._rows_per_channel, -1)
+
+    def spread_in(self, v: Tensor) -> Tensor:
+        """A value a feature, repeated for each column of the matrix: ``(*batch, in)``."""
+        return v.repeat_interleave(self._columns_per_feature, -1)
 
 
 @layout(nn.Linear)
@@ -233,6 +241,10 @@ class Conv(_AnyConv):
     need no word here.
     """
 
+    @property
+    def _columns_per_feature(self) -> int:
+        return prod(self.kernel)
+
     def matrix(self, raw: Tensor) -> Tensor:
         return raw.reshape(*self._batch, -1, prod(raw.shape[1:]))
 
@@ -291,9 +303,6 @@ class ConvTranspose(_AnyConv):
 
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         return self.apply(h, b)
-
-    def spread(self, v: Tensor) -> Tensor:
-        return v.repeat_interleave(self._rows_per_channel, -1)
 
 
 class Read(Site):

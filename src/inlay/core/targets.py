@@ -95,6 +95,7 @@ def explain_targets(model: nn.Module, config: Method) -> Explanation:
         config: the configuration of a method on weights.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config.prepare(architecture(model))
     found = Explanation()
     modules = base_modules(model)
     names = [n for n, _ in modules]
@@ -188,11 +189,16 @@ def effective_targets(model: nn.Module, config: Method) -> set[str] | str:
         return wanted if wanted is not None else set()
     if config.trainable_token_indices:
         return set()
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type = architecture(model)
     table = config.default_targets()
     if model_type not in table:
         raise ValueError(f"Please specify `target_modules`: there is no default for architecture {model_type!r}.")
     return set(table[str(model_type)])
+
+
+def architecture(model: nn.Module) -> str | None:
+    """The ``model_type`` of a model of transformers."""
+    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _all_linear(model: nn.Module, config: Method) -> set[str]:

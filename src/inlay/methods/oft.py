@@ -1,0 +1,152 @@
+"""OFT: ``W R'`` with ``R`` block-diagonal and orthogonal (Qiu et al. 2023, arXiv 2306.07280; Liu et al. 2023, arXiv 2311.06243).
+
+Each block is the Cayley transform ``(I - Q) inv(I + Q)`` of a skew-symmetric ``Q``, or the cut-off series
+``I + 2 Q + 2 Q^2 + ... + Q^m`` of ``(I + Q) inv(I - Q)``, which needs no inverse.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.config import PeftType
+from ..core.families import Rotation, in_full_precision
+from ..core.method import Method, Param, full, normal, register, zeros
+from ..core.site import Embedding, Site
+
+if TYPE_CHECKING:
+    from ..core.inlaid import Adapter, Inner
+
+
+@register
+@dataclass
+class OFTConfig(Rotation):
+    """Orthogonal fine-tuning. What is turned is the input of a layer, or the output of an embedding.
+
+    Args:
+        r: the number of blocks; then ``oft_block_size`` is 0.
+        oft_block_size: the size of a block; then ``r`` is 0. What does not divide the layer's width is moved to the nearest
+            divisor, with a warning.
+        module_dropout: the chance of a block to be left out in training.
+        fan_in_fan_out: for HF's signature; the layout of a layer is known from its type.
+        init_weights: start from the identity; False starts from random rotations, for tests.
+        coft: keep each ``Q`` within a small ball.
+        eps: the ball's radius, to be divided by the square root of the number of blocks.
+        block_share: one block for all.
+        use_cayley_neumann: the series instead of the inverse: faster, and orthogonal only up to the terms left out.
+        num_cayley_neumann_terms: where to cut the series.
+
+    Raises:
+        ValueError: not exactly one of ``r`` and ``oft_block_size`` is given, or another option is out of its range.
+    """
+
+    peft_type: str | None = PeftType.OFT
+    r: int = field(default=0, metadata={"help": "Number of blocks, or 0."})
+    oft_block_size: int = field(default=32, metadata={"help": "Size of a block, or 0."})
+    module_dropout: float = field(default=0.0, metadata={"help": "Chance of a block to be left out in training."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
+    init_weights: bool = field(default=True, metadata={"help": "Start from the identity."})
+    coft: bool = field(default=False, metadata={"help": "Keep the rotation within a small ball."})
+    eps: float = field(default=6e-5, metadata={"help": "The ball's radius."})
+    block_share: bool = field(default=False, metadata={"help": "One block for all."})
+    use_cayley_neumann: bool = field(default=True, metadata={"help": "A series instead of an inverse."})
+    num_cayley_neumann_terms: int = field(default=5, metadata={"help": "Where to cut the series."})
+
+    prefix: ClassVar[str] = "oft_"
+    paper: ClassVar[str] = "2306.07280"
+    ours: ClassVar[frozenset[str]] = Method.ours - {"bias"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.r, self.oft_block_size) != 0 or max(self.r, self.oft_block_size) <= 0:
+            raise ValueError(f"Give one of `r` and `oft_block_size` and set the other to 0, not r={self.r}, {self.oft_block_size=}.")
+        if not 0 <= self.module_dropout < 1:
+            raise ValueError(f"`module_dropout` is a chance in [0, 1), not {self.module_dropout!r}.")
+        if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:
+            raise ValueError("`num_cayley_neumann_terms` below 2 leaves nothing to train.")
+
+    def _blocks(self, site: Site) -> tuple[int, int]:
+        """How many blocks, of which size."""
+        width = site.size("out" if isinstance(site, Embedding) else "in")
+        asked = self.r or self.oft_block_size
+        found = _nearest_divisor(width, asked)
+        if found != asked:
+            name = "r" if self.r else "oft_block_size"
+            warnings.warn(f"{name}={asked} does not divide the width {width}; {name}={found} is used there.")
+        return (found, width // found) if self.r else (width // found, found)
+
+    def refuses(self, site: Site) -> str | None:
+        width = site.size("out" if isinstance(site, Embedding) else "in")
+        asked = self.r or self.oft_block_size
+        size = width // _nearest_divisor(width, asked) if self.r else _nearest_divisor(width, asked)
+        return f"there is nothing to turn in blocks of one out of {width}" if size < 2 else None
+
+    def params(self, site: Site) -> dict[str, Param]:
+        count, size = self._blocks(site)
+        shape = 1 if self.block_share else count, size * (size - 1) // 2
+        name = "oft_embedding_R" if isinstance(site, Embedding) else "oft_R"
+        in_file = prod(site.batch) * shape[0], shape[1]
+        return {name: Param(shape, zeros if self.init_weights else normal(0.1), f"{name}.weight", file_shape=in_file)}
+
+    def rotations(self, p: Adapter, training: bool = False) -> Tensor:
+        """The blocks of ``R``: ``(*batch, blocks, size, size)``."""
+        vectors = p.oft_embedding_R if isinstance(p.site, Embedding) else p.oft_R
+        with in_full_precision(p):
+            vectors = self._within_ball(vectors, training) if self.coft else vectors
+            size = round((1 + (1 + 8 * vectors.shape[-1]) ** 0.5) / 2)
+            upper, lower = torch.triu_indices(size, size, 1, device=vectors.device)
+            half = vectors.new_zeros(*vectors.shape[:-1], size, size, dtype=full(vectors).dtype)
+            half[..., upper, lower] = full(vectors)
+            q = half - half.mT
+            eye = torch.eye(size, dtype=q.dtype, device=q.device)
+            blocks = self._series(q, eye) if self.use_cayley_neumann else torch.linalg.solve(eye + q, eye - q, left=False)
+            if training and self.module_dropout:
+                left_out = torch.rand(*blocks.shape[:-2], 1, 1, device=q.device) < self.module_dropout
+                blocks = torch.where(left_out, eye, blocks)
+            return blocks
+
+    def _series(self, q: Tensor, eye: Tensor) -> Tensor:
+        total, power = eye + 2 * q, q
+        if self.num_cayley_neumann_terms == 2:
+            return total
+        # HF's count is one more than the highest power, and no less than three.
+        for _ in range(2, max(self.num_cayley_neumann_terms - 1, 3)):
+            power = power @ q
+            total = total + 2 * power
+        return total + power @ q
+
+    def _within_ball(self, vectors: Tensor, training: bool) -> Tensor:
+        with torch.no_grad():
+            # |Q| counts each number twice.
+            length = vectors.norm(dim=-1, keepdim=True) * 2**0.5
+            inside = vectors * (self.eps * vectors.shape[-2] ** -0.5 / length).clamp(max=1)
+            if training:
+                # Projected gradient descent: the next step starts from within the ball.
+                vectors.copy_(inside)
+        # The gradient is that at the projected point.
+        return vectors + (inside - vectors).detach()
+
+    def turn(self, p: Adapter, rows: Tensor, *, inverse: bool = False, training: bool = False) -> Tensor:
+        blocks = self.rotations(p, training).to(rows.dtype)
+        split = rows.unflatten(-1, (-1, blocks.shape[-1])).transpose(-3, -2)
+        return (split @ (blocks if inverse else blocks.mT)).transpose(-3, -2).flatten(-2)
+
+    def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return (self.turn(p, w.mT, inverse=True).mT if isinstance(p.site, Embedding) else self.turn(p, w)), b
+
+    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        if not isinstance(inner.site, Embedding):
+            return super().around(p, inner, x)
+        y = inner(x)
+        rows = y.reshape(-1, y.shape[-1]).to(full(y).dtype)
+        return self.turn(p, rows, inverse=True, training=p.training).reshape(y.shape).to(y.dtype)
+
+
+def _nearest_divisor(width: int, asked: int) -> int:
+    """The divisor of ``width`` nearest to what was asked for; of two as near, the smaller."""
+    return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - asked), d))

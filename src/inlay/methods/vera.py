@@ -1,0 +1,80 @@
+"""VeRA: ``W + diag(b) B diag(d) A`` with one frozen random pair A, B for all layers (Kopiczko et al. 2023, arXiv 2310.11454)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import PeftType
+from ..core.method import LowRank, Method, Param, constant, normal, ones, register, zeros
+from ..core.site import Site
+
+if TYPE_CHECKING:
+    from ..core.inlaid import Adapter
+
+
+@register
+@dataclass
+class VeraConfig(LowRank):
+    """Vectors on a shared random projection.
+
+    Args:
+        r: rank of the update; more than LoRA's, since only vectors are trained.
+        projection_prng_key: seed of the projection.
+        save_projection: write the projection to the file; else it is drawn again from its seed when the file is loaded.
+        vera_dropout: share of inputs that the update leaves out in training, in [0, 1).
+        d_initial: what ``d`` starts from.
+        fan_in_fan_out: for HF's signature; the layout of a layer is known from its type.
+        init_weights: start ``b`` from zero; False starts from ones, for tests.
+
+    Raises:
+        ValueError: the rank is no positive integer, or the dropout no share.
+    """
+
+    peft_type: str | None = PeftType.VERA
+    r: int = field(default=256, metadata={"help": "Rank of the update."})
+    projection_prng_key: int = field(default=0, metadata={"help": "Seed of the random projection."})
+    save_projection: bool = field(default=True, metadata={"help": "Write the random projection to the file."})
+    vera_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    d_initial: float = field(default=0.1, metadata={"help": "Initial value of the inner vector."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
+    init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
+
+    prefix: ClassVar[str] = "vera_lambda_"
+    paper: ClassVar[str] = "2310.11454"
+    ours: ClassVar[frozenset[str]] = (Method.ours - {"bias"}) | {"exclude_modules"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r <= 0:
+            raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
+        if not 0 <= self.vera_dropout < 1:
+            raise ValueError(f"`vera_dropout` is a share in [0, 1), not {self.vera_dropout!r}.")
+
+    @property
+    def dropout(self) -> float:
+        return self.vera_dropout
+
+    def shared(self, sites: Sequence[Site]) -> nn.Module:
+        """A and B for the widest of the layers; the others use a corner of them."""
+        generator = torch.Generator().manual_seed(self.projection_prng_key)
+        bank = nn.Module()
+        shapes = {"vera_A": (self.r, max(s.size("in") for s in sites)), "vera_B": (max(s.size("out") for s in sites), self.r)}
+        for name, shape in shapes.items():
+            bound = (6 / shape[1]) ** 0.5
+            drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            bank.register_buffer(name, drawn.to(sites[0].device), persistent=self.save_projection)
+        return bank
+
+    def params(self, site: Site) -> dict[str, Param]:
+        start_b, start_d = (zeros, constant(self.d_initial)) if self.init_weights else (ones, normal())
+        return {"vera_lambda_b": Param(("out",), start_b), "vera_lambda_d": Param((self.r,), start_d)}
+
+    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        b, d = p.vera_lambda_b.unsqueeze(-1), p.vera_lambda_d.unsqueeze(-1)
+        a = p.shared.vera_A[: self.r, : p.site.size("in")].to(d)
+        return d * a, b * p.shared.vera_B[: p.site.size("out"), : self.r].to(b)
