@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from .inlaid import Adapter, Inlaid, Place, Retrained, host_of, inlaid_class, in
 from .method import Method, Param
 from .session import BASE, Session
 from .site import Read, Site, site_of
-from .targets import Target, base_modules, find_targets, tied_paths
+from .targets import Target, architecture, base_modules, find_targets, tied_paths
 from .tied import Tied
 
 
@@ -67,6 +67,7 @@ def attach(
     low_cpu_mem_usage: bool = False,
     autocast_adapter_dtype: bool = True,
     only: set[str] | None = None,
+    fill: Callable[[list[Part]], object] | None = None,
 ) -> Session:
     """Set an adapter into a model.
 
@@ -78,6 +79,7 @@ def attach(
         low_cpu_mem_usage: leave the tensors on the meta device, to be filled by a file.
         autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
         only: names of the modules to adapt, where the configuration is not to decide.
+        fill: gives the tensors their values from a file. Nothing is allocated before it has seen the shapes.
 
     Raises:
         ValueError: the name, a target or an option is wrong; the message says how to mend it. The model is untouched.
@@ -85,7 +87,11 @@ def attach(
     session = session_of(model)
     check_name(name, session)
     session = session or Session()
-    parts = plan(model, config, low_cpu_mem_usage, autocast_adapter_dtype, only)
+    parts = plan(model, config, low_cpu_mem_usage or fill is not None, autocast_adapter_dtype, only)
+    if fill is not None:
+        fill(parts)
+        for part in parts:
+            materialise(part)
     if not session.configs:
         own = {id(q) for q in _adapter_parameters(model)}
         session.frozen = [q for q in model.parameters() if q.requires_grad and id(q) not in own]
@@ -101,6 +107,20 @@ def attach(
         activate(session, (name,), model)
     _show_trainable(model, session, (name,))
     return session
+
+
+def materialise(part: Part) -> None:
+    """Memory and initial values for what no file had."""
+    if isinstance(part.adapter, Adapter):
+        part.adapter.materialise()
+        return
+    for owner in part.adapter.modules():
+        base = part.module.get_submodule(next(n for n, m in part.adapter.named_modules() if m is owner))
+        for table, own in ((owner._parameters, base._parameters), (owner._buffers, base._buffers)):
+            for key, tensor in table.items():
+                if tensor is not None and tensor.device.type == "meta":
+                    value = own[key].detach().to(tensor.dtype, copy=True)  # type: ignore[union-attr]
+                    table[key] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value  # type: ignore[assignment]
 
 
 def _set_in(session: Session, name: str, part: Part) -> None:
@@ -128,6 +148,7 @@ def plan(
     parts: list[Part] = []
     tied = tied_paths(model)
     if isinstance(config, Method):
+        config.prepare(architecture(model))
         if only is None:
             targets = find_targets(model, config)
         else:

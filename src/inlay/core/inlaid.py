@@ -60,6 +60,22 @@ class Adapter(nn.Module):
         bias = site.bias() if train_bias else None
         self.trained_bias = None if bias is None else nn.Parameter(bias.detach().to(device, dtype, copy=True))
 
+    def materialise(self) -> None:
+        """Give initial values to tensors that are still on the meta device."""
+        method, site, incomplete = self.method, self.site, False
+        for table in (self._parameters, self._buffers):
+            for name, tensor in table.items():
+                if tensor is None or tensor.device.type != "meta":
+                    continue
+                incomplete |= table is self._parameters
+                if name == "trained_bias":
+                    value = site.bias().detach().to(tensor.dtype, copy=True)  # type: ignore[union-attr]
+                else:
+                    value = _initial(self.declared[name], site, generator_for(method.seed, self.path, name), tensor.dtype, site.device)
+                table[name] = nn.Parameter(value, requires_grad=tensor.requires_grad) if table is self._parameters else value
+        if incomplete:
+            method.start(self)
+
     @property
     def shared(self) -> Any:
         return self._shared[0]

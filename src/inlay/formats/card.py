@@ -1,0 +1,61 @@
+"""The ``README.md`` of an adapter's folder: what hubs and people read about it. Never touches the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..core.config import PEFT_VERSION, PeftConfig
+from .folder import CARD_NAME, Staged
+
+_TEXT = """
+# {title}
+
+An adapter ({method}) for `{base}`.
+
+```python
+from inlay import AutoPeftModel
+
+model = AutoPeftModel.from_pretrained("path/to/this/folder")
+```
+
+### Framework versions
+
+- PEFT {version}
+"""
+
+
+def write_card(folder: Path, model: nn.Module, config: PeftConfig) -> None:
+    """Write the card of an adapter, or bring the metadata of an existing one up to date.
+
+    Args:
+        folder: the adapter's folder; made where absent.
+        model: the model that has the adapter.
+        config: the adapter's configuration.
+    """
+    from huggingface_hub import ModelCard
+
+    path = folder / CARD_NAME
+    base_model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = config.base_model_name_or_path or getattr(base_model, "name_or_path", None)
+    if path.exists():
+        card = ModelCard.load(path)
+    else:
+        text = _TEXT.format(title=folder.name or "Adapter", method=config.peft_type, base=name or "a base of its own", version=PEFT_VERSION)
+        card = ModelCard(f"---\nlibrary_name: peft\n---\n{text}", ignore_metadata_errors=True)
+    tags = {*(card.data.tags or ()), *(getattr(base_model, "model_tags", None) or ())}
+    if hasattr(base_model, "config"):
+        tags.add("transformers")
+    if config.peft_type == "LORA":
+        tags.add("lora")
+    if name:
+        card.data.base_model = name
+        tags.add(f"base_model:adapter:{name}")
+    card.data.library_name = "peft"
+    card.data.tags = sorted(tags)
+    if config.task_type == "CAUSAL_LM" and not card.data.pipeline_tag:
+        card.data.pipeline_tag = "text-generation"
+    with Staged(folder) as staged:
+        staged.write(CARD_NAME, lambda p: p.write_text(str(card), encoding="utf-8"))

@@ -1,0 +1,332 @@
+"""An adapter's tensors by the names that HF peft gives them, in both directions."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.attach import Biases, Part
+from ..core.config import nearest
+from ..core.inlaid import Adapter, Place, Retrained, host_of, places
+from ..core.method import Param
+from ..core.session import Session
+from ..core.site import Site
+from ..core.targets import base_modules
+
+PREFIX = "base_model.model."
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
+
+
+class Slot(NamedTuple):
+    """One tensor of an adapter: where it is and what it is called in a file.
+
+    Attributes:
+        key: in a file, without the prefix.
+        live: in the model's own state dict.
+        holder, name: the module that has it, and as what.
+        param, site: how it was declared; None for tensors that are written as they are.
+    """
+
+    key: str
+    live: str
+    holder: nn.Module
+    name: str
+    param: Param | None = None
+    site: Site | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        found = self.holder._parameters.get(self.name)
+        return self.holder._buffers[self.name] if found is None else found  # type: ignore[return-value]
+
+    def to_file(self, tensor: Tensor) -> Tensor:
+        return tensor if self.param is None or self.site is None else self.param.to_file(self.site, tensor)
+
+    def from_file(self, tensor: Tensor) -> Tensor:
+        return tensor if self.param is None or self.site is None else self.param.from_file(self.site, tensor)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In a file."""
+        if self.param is None or self.site is None:
+            return tuple(self.tensor.shape)
+        return self.param.shape_in_file(self.site)
+
+    def put(self, tensor: Tensor) -> None:
+        """Set the value, from a file's tensor; a tensor on the meta device gets its memory here."""
+        old = self.tensor
+        value = self.from_file(tensor.detach())
+        if old.device.type == "meta":
+            device = self.site.device if self.site is not None else tensor.device
+            made = value.to(device, old.dtype, copy=True).contiguous()
+            if self.name in self.holder._parameters:
+                self.holder._parameters[self.name] = nn.Parameter(made, requires_grad=old.requires_grad)
+            else:
+                self.holder._buffers[self.name] = made
+        else:
+            with torch.no_grad():
+                old.copy_(value)
+
+
+def slots(path: str, nesting: str, site_name: str, adapter: nn.Module, name: str) -> Iterator[Slot]:
+    """The tensors of one adapter at one place."""
+    base = f"{path}." if path else ""
+    live = f"{base}adapters.{name}." + (f"{site_name}." if site_name not in ("", "weight") else "")
+    if not isinstance(adapter, Adapter):
+        for key in adapter.state_dict(keep_vars=True):
+            owner, _, leaf = key.rpartition(".")
+            yield Slot(base + key, live + key, adapter.get_submodule(owner), leaf)
+        return
+    for own, param in adapter.declared.items():
+        if param.persistent:
+            yield Slot(f"{path}{nesting}.{param.key or own}".lstrip("."), live + own, adapter, own, param, adapter.site)
+    if adapter.trained_bias is not None:
+        inside = "" if isinstance(adapter.method, Biases) else "base_layer."
+        yield Slot(f"{base}{inside}bias", f"{live}trained_bias", adapter, "trained_bias")
+    bank = adapter._modules.get("bank")
+    if bank is not None:
+        for key in bank.state_dict():
+            # The bank belongs to the whole adapter, one level above the model.
+            yield Slot(f"base_model.{key}", f"{live}bank.{key}", bank, key)
+
+
+def slots_of_parts(parts: Sequence[Part], name: str) -> list[Slot]:
+    return [s for p in parts for s in slots(p.path, p.nesting, p.site.name if p.site is not None else "", p.adapter, name)]
+
+
+def slots_of_model(model: nn.Module, name: str) -> list[Slot]:
+    found = []
+    for place in places(model):
+        if name in place.adapters:
+            found += slots(place.path, place.nesting, place.name, place.adapters[name], name)
+    return found
+
+
+def key_in_file(slot: Slot, prefix: str = PREFIX) -> str:
+    return slot.key if slot.key.startswith("base_model.") else prefix + slot.key
+
+
+# ---- out ------------------------------------------------------------------------------------------------------------------
+def adapter_tensors(
+    model: nn.Module,
+    session: Session,
+    name: str,
+    *,
+    prefix: str = PREFIX,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of an adapter as a file has them.
+
+    Args:
+        model: the bare model that holds the adapters.
+        prefix: in front of the keys.
+        state_dict: take the values from here (a gathered state dict of a sharded model), by live names with any prefix.
+        save_embedding_layers: add the base's embeddings; ``"auto"`` does where they are adapted or were resized.
+
+    Raises:
+        ValueError: ``state_dict`` lacks a tensor of the adapter.
+    """
+    session.check((name,))
+    find = _finder(state_dict)
+    found = {key_in_file(s, prefix): s.to_file(find(s)) for s in slots_of_model(model, name)}
+    for path, module in _embeddings_to_save(model, session, name, save_embedding_layers):
+        adapted = any(isinstance(p, Place) and host_of(p) is module and name in p.adapters for p in places(model))
+        found[f"{prefix}{path}.{'base_layer.' if adapted else ''}weight"] = module._parameters["weight"]  # type: ignore[assignment]
+    return {k: _whole(t) for k, t in found.items()}
+
+
+def _finder(state_dict: Mapping[str, Tensor] | None):  # noqa: ANN202
+    if state_dict is None:
+        return lambda slot: slot.tensor
+    clean = {_bare(k): t for k, t in state_dict.items()}
+
+    def find(slot: Slot) -> Tensor:
+        if slot.live not in clean:
+            raise ValueError(f"The given state_dict lacks {slot.live!r}.{nearest(slot.live, clean)} Was it gathered from the adapted model?")
+        return clean[slot.live]
+
+    return find
+
+
+def _bare(key: str) -> str:
+    """A live name without what wrappers put in front of it or into it."""
+    key = key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+    return key.removeprefix("module.").removeprefix(PREFIX)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A distributed tensor gathered; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
+
+
+def _embeddings_to_save(model: nn.Module, session: Session, name: str, wanted: bool | str) -> list[tuple[str, nn.Module]]:
+    ends = [getattr(model, g, lambda: None)() for g in ("get_input_embeddings", "get_output_embeddings")]
+    named = [(p, m) for p, m in base_modules(model) if any(m is e for e in ends) and m._parameters.get("weight") is not None]
+    config = session.configs[name]
+    tokens = config.peft_type == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None)
+    if wanted != "auto":
+        return named if wanted else []
+    if not tokens:
+        adapted = {id(host_of(p)) for p in places(model) if isinstance(p, Place) and p.adapters.get(name) is not None}
+        adapted_embeddings = [(p, m) for p, m in named if id(m) in adapted]
+        if adapted_embeddings:
+            return adapted_embeddings
+    return named if _resized(model, config) else []
+
+
+def _resized(model: nn.Module, config: Any) -> bool:
+    """Whether the vocabulary differs from that of the base on disk. Only a local folder is looked at."""
+    import json
+    from pathlib import Path
+
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    path = Path(config.base_model_name_or_path or "") / "config.json"
+    if not size or not config.base_model_name_or_path or not path.is_file():
+        return False
+    return json.loads(path.read_text(encoding="utf-8")).get("vocab_size", size) != size
+
+
+# ---- in -------------------------------------------------------------------------------------------------------------------
+@dataclass
+class LoadReport:
+    """What a file and an adapter did not have in common.
+
+    Attributes:
+        missing_keys: the adapter's tensors that the file lacks.
+        unexpected_keys: the file's tensors that the adapter has no place for.
+        mismatched_keys: ``(key, shape in the file, shape of the adapter)``.
+        bad_keys: tensors with values that are not finite.
+    """
+
+    missing_keys: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+    mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    bad_keys: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing_keys or self.unexpected_keys or self.mismatched_keys or self.bad_keys)
+
+    def __str__(self) -> str:
+        def some(keys: Sequence[Any]) -> str:
+            return ", ".join(map(str, keys[:5])) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+        lines = []
+        if self.missing_keys:
+            hints = {nearest(k, self.unexpected_keys) for k in self.missing_keys[:1]}
+            lines.append(f"{len(self.missing_keys)} tensors are missing: {some(self.missing_keys)}.{''.join(hints)}")
+        if self.unexpected_keys:
+            lines.append(f"{len(self.unexpected_keys)} tensors have no place in the model: {some(self.unexpected_keys)}.")
+        if self.mismatched_keys:
+            shown = [f"{k} is {a} in the file and {b} in the model" for k, a, b in self.mismatched_keys]
+            lines.append(f"{len(shown)} tensors have another shape: {some(shown)}.")
+        if self.bad_keys:
+            lines.append(f"{len(self.bad_keys)} tensors hold values that are not finite: {some(self.bad_keys)}.")
+        return " ".join(lines)
+
+
+class AdapterMismatch(ValueError):
+    """A file does not fit the adapter; `report` says where."""
+
+    def __init__(self, report: LoadReport) -> None:
+        super().__init__(f"The adapter's file does not fit: {report} Pass `strict=False` to load what fits.")
+        self.report = report
+
+
+def compare(found: Sequence[Slot], model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> tuple[list[tuple[Slot, Tensor]], list[tuple[nn.Module, Tensor]], LoadReport]:
+    """Match a file's tensors to an adapter's; nothing is changed.
+
+    Returns:
+        The pairs that fit, the tensors that belong to the base (embeddings that were saved along), and the report.
+    """
+    given = {_file_key(k): (k, t) for k, t in tensors.items()}
+    report, pairs, used = LoadReport(), [], set()
+    for slot in found:
+        hit = next((k for k in (slot.key, _with_name(slot.key, name)) if k in given), None)
+        if hit is None:
+            report.missing_keys.append(key_in_file(slot))
+            continue
+        used.add(hit)
+        key, tensor = given[hit]
+        if tuple(tensor.shape) != slot.shape:
+            report.mismatched_keys.append((key, tuple(tensor.shape), slot.shape))
+        else:
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                report.bad_keys.append(key)
+            pairs.append((slot, tensor))
+    base = []
+    modules = dict(base_modules(model))
+    for hit, (key, tensor) in given.items():
+        if hit in used:
+            continue
+        path, _, leaf = hit.replace(".base_layer", "").rpartition(".")
+        module = modules.get(path)
+        own = module._parameters.get(leaf) if module is not None else None
+        if own is None or path.rpartition(".")[2] not in _embedding_leaves(model):
+            report.unexpected_keys.append(key)
+        elif own.shape != tensor.shape:
+            report.mismatched_keys.append((key, tuple(tensor.shape), tuple(own.shape)))
+        else:
+            base.append((module, tensor))
+    return pairs, base, report
+
+
+def _embedding_leaves(model: nn.Module) -> set[str]:
+    ends = [getattr(model, g, lambda: None)() for g in ("get_input_embeddings", "get_output_embeddings")]
+    return {p.rpartition(".")[2] for p, m in base_modules(model) if any(m is e for e in ends if e is not None)} | set(EMBEDDING_LAYER_NAMES)
+
+
+def _file_key(key: str) -> str:
+    return key.removeprefix("_orig_mod.").removeprefix(PREFIX)
+
+
+def _with_name(key: str, name: str) -> str:
+    """The key as it is in a live state dict of HF: with the adapter's name behind the tensor's."""
+    head, dot, leaf = key.rpartition(".")
+    if leaf in ("weight", "bias") and re.search(r"(lora|vera|oft|hra|ia3|boft|hada|lokr)_\w+$", head):
+        return f"{head}.{name}.{leaf}"
+    return f"{key}.{name}"
+
+
+def fill(
+    found: Sequence[Slot],
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    *,
+    strict: bool = True,
+    ignore_mismatched_sizes: bool = False,
+) -> LoadReport:
+    """Give an adapter the values of a file.
+
+    Raises:
+        AdapterMismatch: ``strict`` and the two do not fit each other; nothing is changed.
+        ValueError: shapes differ and ``ignore_mismatched_sizes`` is not set.
+    """
+    pairs, base, report = compare(found, model, tensors, name)
+    if strict and report:
+        raise AdapterMismatch(report)
+    if report.mismatched_keys and not ignore_mismatched_sizes:
+        raise AdapterMismatch(LoadReport(mismatched_keys=report.mismatched_keys))
+    for slot, tensor in pairs:
+        slot.put(tensor)
+    for module, tensor in base:
+        weight = module._parameters["weight"]
+        assert weight is not None
+        if not torch.equal(weight.detach().cpu(), tensor.to("cpu", weight.dtype)):
+            weight.data.copy_(tensor)
+    return report
+
+
+def warn_of(report: LoadReport) -> None:
+    if report:
+        warnings.warn(f"The adapter's file does not fit everywhere: {report}", stacklevel=3)
+
+
+__all__ = ["PREFIX", "AdapterMismatch", "LoadReport", "Retrained", "Slot", "adapter_tensors", "compare", "fill", "slots_of_model", "slots_of_parts", "warn_of"]

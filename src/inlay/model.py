@@ -1,0 +1,671 @@
+"""The public face: names and signatures of HF peft."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from .core.attach import attach, check_name
+from .core.config import PeftConfig, TaskType
+from .core.inlaid import Retrained, places, session_of
+from .core.method import METHODS, Method
+from .core.session import Session
+from .formats.card import write_card
+from .formats.folder import hub_options, read_tensors, weight_files, write_adapter
+from .formats.state import PREFIX, LoadReport, adapter_tensors, fill, slots_of_model, slots_of_parts, warn_of
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .tuner import BaseTuner, dtype_of, tuner_class
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters: HF's class, its attributes and its calls.
+
+    Attributes of the base are found on it. The base itself is changed in place (its adapted layers get an extended class) and
+    can be used directly; `unload` and `merge_and_unload` give it back.
+
+    Args:
+        model: the base.
+        peft_config: the first adapter's configuration.
+        adapter_name: its name.
+        autocast_adapter_dtype: keep adapters in float32 over a base in half precision.
+        low_cpu_mem_usage: leave the tensors on the meta device, for a file to fill.
+
+    Raises:
+        ValueError: the configuration does not fit the model; the model is untouched.
+    """
+
+    # Modules that a task's head goes by; retrained with every adapter.
+    heads: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self._with_heads(peft_config)
+        options["autocast_adapter_dtype"] = autocast_adapter_dtype
+        self._is_prompt_learning = peft_config.is_prompt_learning
+        if self._is_prompt_learning:
+            from .prompts import attach_prompt
+
+            self.base_model = model
+            self.prompt_encoder = nn.ModuleDict()
+            attach_prompt(self, peft_config, adapter_name, **options)
+        else:
+            self.base_model = tuner_class(str(peft_config.peft_type))(model, peft_config, adapter_name, low_cpu_mem_usage, **options)
+        self.special_peft_forward_args = {"adapter_names"}
+        if getattr(model, "is_gradient_checkpointing", False):
+            self._prepare_model_for_gradient_checkpointing(model)
+        # Fast paths of pretraining that split weights apart would pass the adapters by.
+        config = getattr(model, "config", None)
+        if getattr(config, "pretraining_tp", 1) != 1:
+            config.pretraining_tp = 1  # type: ignore[union-attr]
+
+    def _with_heads(self, config: PeftConfig) -> None:
+        if self.heads and hasattr(config, "modules_to_save"):
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *self.heads]))  # type: ignore[attr-defined]
+
+    # ---- what there is ------------------------------------------------------------------------------------------------
+    @property
+    def session(self) -> Session:
+        """Who is active, trainable and enabled in this model."""
+        session = session_of(self.get_base_model())
+        if session is None:
+            raise ValueError("This model has no adapters; they have been unloaded or deleted.")
+        return session
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.session.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.session.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def peft_type(self) -> str:
+        return str(self.active_peft_config.peft_type)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        found = {p.path.rpartition(".")[2] for p in places(self.get_base_model()) if isinstance(p, Retrained)}
+        return found or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype:
+        return dtype_of(self.get_base_model())
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return self.session.enabled and bool(self.session.active)
+
+    def get_base_model(self) -> nn.Module:
+        """The base, adapters still in it."""
+        base = self._modules.get("base_model")
+        return base.model if isinstance(base, BaseTuner) else base  # type: ignore[return-value]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_model", "prompt_encoder"):
+                raise
+            return getattr(self.base_model, name)
+
+    # ---- running ------------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The adapted model's forward.
+
+        Args:
+            adapter_names: for each row of the batch the adapter that acts on it; ``"__base__"`` for none.
+        """
+        with self._rows(adapter_names):
+            if self._prompted():
+                from .prompts import forward_with_prompt
+
+                return forward_with_prompt(self, *args, **kwargs)
+            return self.get_base_model()(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base's ``generate`` with the adapters; arguments as for `forward` and for the base."""
+        with self._rows(adapter_names):
+            if self._prompted():
+                from .prompts import generate_with_prompt
+
+                return generate_with_prompt(self, *args, **kwargs)
+            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _prompted(self) -> bool:
+        return self._is_prompt_learning and any(n in self.prompt_encoder for n in self.session.choice().names)
+
+    def _rows(self, names: Sequence[str] | None) -> Any:
+        return nullcontext() if names is None else self.session.local(self.session.active, rows=names)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base alone, in this thread or task, until the block ends. Blocks nest."""
+        with self.session.local(()):
+            yield
+
+    @contextmanager
+    def use_adapters(self, *names: str) -> Iterator[None]:
+        """These adapters, in this order, in this thread or task, until the block ends. Blocks nest."""
+        with self.session.local(names):
+            yield
+
+    # ---- adapters -----------------------------------------------------------------------------------------------------
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True, **options: Any
+    ) -> None:
+        """Set one more adapter in; the active ones stay active.
+
+        Raises:
+            ValueError: the name is taken, or the configuration does not fit. The model is as it was.
+        """
+        self._with_heads(peft_config)
+        check_name(adapter_name, session_of(self.get_base_model()))
+        options["autocast_adapter_dtype"] = autocast_adapter_dtype
+        if peft_config.is_prompt_learning != self._is_prompt_learning:
+            raise ValueError(f"A {peft_config.peft_type} adapter cannot join {self.peft_type}: one acts on inputs, the other on weights.")
+        if self._is_prompt_learning:
+            from .prompts import attach_prompt
+
+            attach_prompt(self, peft_config, adapter_name, activate_it=False, **options)
+        else:
+            attach(self.get_base_model(), peft_config, adapter_name, activate_it=False, low_cpu_mem_usage=low_cpu_mem_usage, **options)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Choose the active adapter, or several that act one after another. What is trainable does not change by it."""
+        _tuner(self).set_adapter(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Say which adapters are trained."""
+        _tuner(self).set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out; with the last one the base is what it was."""
+        self.session.check((adapter_name,))
+        if self._is_prompt_learning:
+            del self.prompt_encoder[adapter_name]
+        _tuner(self).delete_adapter(adapter_name)
+
+    # ---- parameters ---------------------------------------------------------------------------------------------------
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters; 4-bit weights count as what they stand for."""
+        trainable = total = 0
+        for q in self.parameters():
+            n = q.numel() or getattr(q, "ds_numel", 0)
+            if type(q).__name__ == "Params4bit":
+                n *= 2 * getattr(q, "element_size", lambda: 1)()
+            total += n
+            trainable += n if q.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        return get_model_status(self)
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        self._prepare_model_for_gradient_checkpointing(model)
+
+    def _prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Checkpointed blocks pass no gradient unless what enters them asks for one, and a frozen embedding's output does not."""
+        if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_quantized", False):
+            return
+        require_input_gradients(model)
+
+    # ---- files --------------------------------------------------------------------------------------------------------
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters in HF's format, atomically and without the network.
+
+        Args:
+            save_directory: the adapter ``default`` goes right into it, others into subfolders of their names.
+            safe_serialization: safetensors, or a pickle.
+            selected_adapters: which; all where None.
+            save_embedding_layers: write the base's embeddings too; ``"auto"`` does where they are adapted or were resized.
+            is_main_process: write at all.
+            path_initial_model_for_weight_conversion: for HF's signature.
+            state_dict: take values from here, where the model's own are sharded.
+            max_shard_size: split larger files, with an index.
+
+        Raises:
+            ValueError: a name is unknown, or a tensor is empty because its shards were not gathered.
+        """
+        if path_initial_model_for_weight_conversion is not None:
+            raise ValueError("`path_initial_model_for_weight_conversion` is for initialisations that change the base; none was used.")
+        if os.path.isfile(save_directory):
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file.")
+        for name in self.session.check(self.peft_config if selected_adapters is None else selected_adapters):
+            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
+            if not is_main_process:
+                continue
+            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+            config = self.peft_config[name]
+            write_adapter(folder, tensors, self._config_in_file(config), safe_serialization=safe_serialization, max_shard_size=max_shard_size)
+            write_card(folder, self, config)
+
+    def _config_in_file(self, config: PeftConfig) -> dict[str, Any]:
+        plain = config.to_file()
+        base = self.get_base_model()
+        plain["inference_mode"] = True
+        if not plain.get("base_model_name_or_path"):
+            plain["base_model_name_or_path"] = getattr(base, "name_or_path", None) or getattr(base, "__dict__", {}).get("name_or_path")
+        if config.task_type is None:
+            from .core.inlaid import host_class
+
+            cls = host_class(base)
+            plain["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+        return plain
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        write_card(Path(output_dir), self, self.active_peft_config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        *,
+        strict: bool = True,
+        allow_pickle: bool = False,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """A base with an adapter from a folder or a hub repository.
+
+        Args:
+            model: the base; changed in place.
+            model_id: the adapter's folder or repository.
+            adapter_name: what to call it here.
+            is_trainable: train it; else it is frozen.
+            config: a configuration in place of the file's.
+            autocast_adapter_dtype: keep the adapter in float32 over half precision.
+            ephemeral_gpu_offload, low_cpu_mem_usage: for HF's signature; loading never allocates twice.
+            key_mapping: regular expressions and replacements for the file's keys.
+            strict: refuse a file that does not fit tensor by tensor; False warns and loads what fits.
+            allow_pickle: read an ``adapter_model.bin``, weights only.
+            kwargs: for the hub (``subfolder``, ``revision``, ``token``, ...) .
+
+        Raises:
+            ValueError: a file is absent, damaged, or does not fit (`AdapterMismatch`). The model is untouched.
+        """
+        subfolder = kwargs.get("subfolder")
+        hub = hub_options(kwargs)
+        if config is None:
+            config = PeftConfig.from_pretrained(model_id, subfolder=subfolder, **hub)
+        config.inference_mode = not is_trainable
+        tensors = load_peft_weights(str(model_id), device="cpu", key_mapping=key_mapping, allow_pickle=allow_pickle, subfolder=subfolder, **hub)
+        chosen = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type), PeftModel) if cls is PeftModel else cls
+        return chosen(
+            model, config, adapter_name, autocast_adapter_dtype, False, **_filling(model, tensors, adapter_name, strict, config.is_prompt_learning)
+        )
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        *,
+        strict: bool = True,
+        allow_pickle: bool = False,
+        **kwargs: Any,
+    ) -> LoadReport:
+        """Load one more adapter from a folder or a hub; or, under a name that is there, new values for it.
+
+        Arguments and errors as for `from_pretrained`.
+        """
+        subfolder = kwargs.get("subfolder")
+        hub = hub_options(kwargs)
+        tensors = load_peft_weights(str(model_id), device="cpu", key_mapping=key_mapping, allow_pickle=allow_pickle, subfolder=subfolder, **hub)
+        if adapter_name in self.peft_config:
+            report = _fill_existing(self, tensors, adapter_name, strict)
+            if is_trainable:
+                self.set_requires_grad(adapter_name)
+            return report
+        config = PeftConfig.from_pretrained(model_id, subfolder=subfolder, **hub)
+        config.inference_mode = not is_trainable
+        options = _filling(self.get_base_model(), tensors, adapter_name, strict, config.is_prompt_learning)
+        self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, **options)
+        return LoadReport()
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str = "Upload adapter") -> Any:
+        """Save the adapters and upload them to a hub repository."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api = HfApi(token=token)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+
+
+def _tuner(model: PeftModel) -> BaseTuner:
+    """What speaks for the adapters of a model, also where no tuner wraps it."""
+    base = model._modules["base_model"]
+    if isinstance(base, BaseTuner):
+        return base
+    tuner = BaseTuner.__new__(BaseTuner)
+    nn.Module.__init__(tuner)
+    tuner.__dict__["model"] = base
+    return tuner
+
+
+def _filling(model: nn.Module, tensors: Mapping[str, Tensor], name: str, strict: bool, prompt: bool) -> dict[str, Any]:
+    if prompt:
+        return {"tensors": tensors, "strict": strict}
+
+    def values(parts: list[Any]) -> None:
+        report = fill(slots_of_parts(parts, name), model, tensors, name, strict=strict, ignore_mismatched_sizes=not strict)
+        warn_of(report)
+
+    return {"fill": values}
+
+
+def _fill_existing(model: PeftModel, tensors: Mapping[str, Tensor], name: str, strict: bool) -> LoadReport:
+    if model._is_prompt_learning:
+        from .prompts import load_prompt
+
+        load_prompt(model, name, tensors)
+        return LoadReport()
+    base = model.get_base_model()
+    return fill(slots_of_model(base, name), base, tensors, name, strict=strict, ignore_mismatched_sizes=not strict)
+
+
+class PeftModelForCausalLM(PeftModel):
+    """For models that predict the next token."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """For encoder-decoder models."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """For one label a sequence; the classifier is retrained with the adapter."""
+
+    heads = ("classifier", "score")
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """For one label a token; the classifier is retrained with the adapter."""
+
+    heads = ("classifier", "score")
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """For spans of a text; the output layer is retrained with the adapter."""
+
+    heads = ("qa_outputs",)
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """For embeddings."""
+
+
+class PeftMixedModel(PeftModel):
+    """Adapters of several methods in one model. `PeftModel` holds them as well; this name is HF's."""
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+
+
+# ---- functions ------------------------------------------------------------------------------------------------------------
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Set a new adapter into a model and freeze the rest.
+
+    Args:
+        model: the base; changed in place.
+        peft_config: which method, where.
+        adapter_name: what to call the adapter.
+        mixed: return a `PeftMixedModel`.
+        autocast_adapter_dtype: float32 adapters over a base in half precision.
+        revision: the base's revision, for the adapter's file.
+        low_cpu_mem_usage: leave the adapter on the meta device.
+
+    Raises:
+        ValueError: the configuration does not fit the model, or the model is a `PeftModel` already. The model is untouched.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError("The model is a PeftModel already; add to it with `model.add_adapter(name, config)`.")
+    if type(peft_config) is PeftConfig:
+        raise ValueError("A bare PeftConfig names no method; use one such as LoraConfig.")
+    name = getattr(model, "name_or_path", None) or getattr(model, "__dict__", {}).get("name_or_path")
+    if name:
+        peft_config.base_model_name_or_path = name
+    if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warnings.warn(f"peft config has revision {peft_config.revision!r}; {revision!r} replaces it.")
+        peft_config.revision = revision
+    cls = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(peft_config.task_type), PeftModel)
+    return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Set an adapter into a model without wrapping it; ``model.peft_config`` says which there are.
+
+    Args:
+        state_dict: adapt the modules that these keys name, where the configuration does not know them.
+    """
+    if not isinstance(peft_config, Method):
+        raise ValueError(f"`inject_adapter_in_model` sets adapters into weights; {peft_config.peft_type} acts on inputs. Use `get_peft_model`.")
+    only = None
+    if state_dict:
+        only = {k.removeprefix("_orig_mod.").removeprefix(PREFIX).rsplit(f".{peft_config.prefix}", 1)[0] for k in state_dict}
+    session = attach(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, only=only)
+    model.peft_config = session.configs  # type: ignore[assignment]
+    return model
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of one adapter, by the keys that they have in a file.
+
+    Args:
+        model: a `PeftModel`, or a model that adapters were injected into (whose keys then have no prefix).
+        state_dict: take the values from this state dict of the model.
+        adapter_name: which.
+        unwrap_compiled: look through ``torch.compile``.
+        save_embedding_layers: see `PeftModel.save_pretrained`.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PeftModel) and model._is_prompt_learning:
+        from .prompts import prompt_tensors
+
+        return prompt_tensors(model, adapter_name, state_dict)
+    base, prefix = (model.get_base_model(), PREFIX) if isinstance(model, PeftModel) else (model, "")
+    session = session_of(base)
+    if session is None:
+        raise ValueError("The model has no adapters to save.")
+    return adapter_tensors(base, session, adapter_name, prefix=prefix, state_dict=state_dict, save_embedding_layers=save_embedding_layers)
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadReport:
+    """Give an adapter that is in place the values of a state dict, as other libraries do: what does not fit is reported.
+
+    Returns:
+        A report with ``missing_keys`` (live names) and ``unexpected_keys``.
+
+    Raises:
+        ValueError: shapes differ and ``ignore_mismatched_sizes`` is not set.
+    """
+    if isinstance(model, PeftModel) and model._is_prompt_learning:
+        from .prompts import load_prompt
+
+        load_prompt(model, adapter_name, peft_model_state_dict)
+        return LoadReport()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    slots = slots_of_model(base, adapter_name)
+    live = {s.key: s.live for s in slots}
+    report = fill(slots, base, peft_model_state_dict, adapter_name, strict=False, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    report.missing_keys = [live.get(k.removeprefix(PREFIX), k) for k in report.missing_keys]
+    return report
+
+
+def load_peft_weights(
+    model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, *, allow_pickle: bool = False, **hub: Any
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's folder or repository.
+
+    Args:
+        device: where to; the CPU where None.
+        key_mapping: regular expressions and replacements for keys, which then lose HF's prefix.
+        allow_pickle: read an ``adapter_model.bin``, weights only.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged.
+    """
+    import re
+
+    tensors = read_tensors(weight_files(model_id, allow_pickle=allow_pickle, **hub), device or "cpu")
+    if key_mapping:
+        renamed = {}
+        for key, tensor in tensors.items():
+            key = key.removeprefix(PREFIX)
+            for pattern, replacement in key_mapping.items():
+                key = re.sub(pattern, replacement, key)
+            renamed[key] = tensor
+        tensors = renamed
+    return tensors
+
+
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = None) -> None:
+    """Take an adapter out of a model that it was injected into."""
+    from .core.attach import detach
+
+    detach(model.get_base_model() if isinstance(model, PeftModel) else model, adapter_name)
+
+
+def require_input_gradients(model: nn.Module) -> None:
+    """Make what the input embedding gives require gradients, for checkpointed blocks behind it."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()  # type: ignore[operator]
+    elif hasattr(model, "get_input_embeddings"):
+        model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))  # type: ignore[operator]
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+) -> nn.Module:
+    """Freeze a base, keep what is not quantised in float32, and let gradients pass its checkpointed blocks.
+
+    Args:
+        model: a base, quantised or in half precision; changed in place.
+        use_gradient_checkpointing: turn it on.
+        gradient_checkpointing_kwargs: for it; non-reentrant where nothing is said.
+    """
+    for q in model.parameters():
+        q.requires_grad_(False)
+        if q.dtype in (torch.float16, torch.bfloat16) and type(q).__name__ not in ("Params4bit", "Int8Params"):
+            q.data = q.data.float()
+    if use_gradient_checkpointing:
+        kwargs = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
+        if kwargs.get("use_reentrant", True):
+            require_input_gradients(model)
+        if hasattr(model, "gradient_checkpointing_enable"):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
+    return model
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen floating-point parameters to ``dtype``, trainable ones to float32."""
+    for q in model.parameters():
+        if q.is_floating_point():
+            q.data = q.data.to(torch.float32 if q.requires_grad else dtype)
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """A configuration from a dictionary with a ``peft_type``."""
+    return PeftConfig.from_peft_type(**config_dict)
+
+
+__all__ = [
+    "METHODS", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification", "Self", "TaskType", "cast_mixed_precision_params", "delete_adapter", "get_layer_status",
+    "get_model_status", "get_peft_config", "get_peft_model", "get_peft_model_state_dict", "inject_adapter_in_model",
+    "load_peft_weights", "prepare_model_for_kbit_training", "require_input_gradients", "set_peft_model_state_dict",
+]  # fmt: skip

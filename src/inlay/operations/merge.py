@@ -1,0 +1,91 @@
+"""Merging: adapters go into the weights, and come out of them to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..core.inlaid import Place, Retrained, host_of, lift, places, session_of
+from ..core.session import Session
+from ..core.targets import tied_paths
+from ..core.tied import Tied
+
+
+def merge(model: nn.Module, session: Session, names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    """Put adapters into the weights, in the order of ``names`` (the active ones where None), in full precision, rounded once.
+
+    Merging starts from the base's own weights each time, so nothing drifts. The base's tensors are kept until `unmerge`.
+
+    Raises:
+        ValueError: no such adapter, or (``safe_merge``) a result that is not finite. No weight is changed.
+        TypeError: a method cannot be merged, with the reason. No weight is changed.
+    """
+    names = session.active if names is None else session.check([names] if isinstance(names, str) else names)
+    before = [(p, p.merged) for p in places(model)]
+    try:
+        for place, merged in before:
+            place.merge([*merged, *(n for n in names if n not in merged)], safe_merge)
+    except Exception:
+        for place, merged in before:
+            place.unmerge()
+            place.merge(merged)
+        raise
+    _tie_again(model)
+
+
+def _tie_again(model: nn.Module) -> None:
+    """Ends that share one adapter share the merged weight too."""
+    by_adapter = {id(a): p for p in places(model) if isinstance(p, Place) for a in p.adapters.values()}
+    for place in places(model):
+        if not isinstance(place, Place) or not place.merged:
+            continue
+        methods = [place.adapters[n].method for n in place.merged]
+        if all(isinstance(m, Tied) for m in methods):
+            source = by_adapter[id(methods[0].source)]  # type: ignore[attr-defined]
+            host_of(place)._parameters["weight"] = host_of(source)._parameters["weight"]
+    _tie_copies(model)
+
+
+def _tie_copies(model: nn.Module) -> None:
+    merged = [p for p in places(model) if isinstance(p, Retrained) and p.merged]
+    first: dict[int, nn.Module] = {}
+    for place in merged:
+        copied = place.adapters[place.merged[-1]]._parameters.get("weight")
+        if copied is None:
+            continue
+        if id(copied) in first:
+            place.module._parameters["weight"] = first[id(copied)]._parameters["weight"]
+        first.setdefault(id(copied), place.module)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the base's own tensors back."""
+    for place in places(model):
+        place.unmerge()
+
+
+def unload(model: nn.Module, session: Session, keep_merged: bool) -> nn.Module:
+    """Take all adapters out of a model; what is merged stays in the weights if ``keep_merged``."""
+    had_ties = bool(tied_paths(model)) or any(p.kept for p in places(model) if isinstance(p, Place))
+    for place in list(places(model)):
+        if keep_merged:
+            place.settle()
+        else:
+            place.unmerge()
+        lift(host_of(place), place.name)
+    for q in session.frozen:
+        q.requires_grad_(True)
+    session.configs.clear()
+    model.__dict__.pop("_inlay_session", None)
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        model.__dict__.pop(attribute, None)
+    config: Any = getattr(model, "config", None)
+    if had_ties and keep_merged and getattr(config, "tie_word_embeddings", False) and not tied_paths(model):
+        # Only one of two tied weights was adapted: they are two weights now, and a file must hold both.
+        config.tie_word_embeddings = False
+    return model
+
+
+__all__ = ["merge", "session_of", "unload", "unmerge"]

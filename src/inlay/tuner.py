@@ -1,0 +1,181 @@
+"""The layer between `PeftModel` and the base in HF peft: ``peft_model.base_model`` is one, ``.model`` of it is the base.
+
+It exists for the code that expects it; the session and the places in the model are what it speaks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .core.attach import activate, attach, detach
+from .core.config import PeftConfig
+from .core.inlaid import Inlaid, places, session_of
+from .core.method import METHODS, Method
+from .core.session import Session
+from .core.views import TunerLayer
+from .operations import merge as merging
+
+
+class BaseTuner(nn.Module):
+    """A base model with adapters set into it.
+
+    Args:
+        model: the base; it is changed in place and stays what it is.
+        peft_config: a configuration, or a dictionary of them by adapter name.
+        adapter_name: the first adapter's name.
+        low_cpu_mem_usage: leave the adapter's tensors on the meta device, for a file to fill.
+        attach_options: for `attach`.
+    """
+
+    peft_type = ""
+
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], adapter_name: str, low_cpu_mem_usage: bool = False, **attach_options: Any
+    ) -> None:
+        super().__init__()
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        for name, config in configs.items():
+            attach(model, config, name, low_cpu_mem_usage=low_cpu_mem_usage, **attach_options)
+        self.model = model
+        model.peft_config = self.peft_config  # type: ignore[assignment]
+
+    @property
+    def session(self) -> Session:
+        session = session_of(self.model)
+        if session is None:
+            raise ValueError("The adapters have been unloaded from this model; call `get_peft_model` on it again.")
+        return session
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.session.configs
+
+    @property
+    def prefix(self) -> str:
+        config = next(iter(self.peft_config.values()))
+        return config.prefix if isinstance(config, Method) else ""
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.session.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        return [p.path for p in places(self.model)]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def get_model_config(self, model: nn.Module | None = None) -> dict[str, Any]:
+        config = getattr(model or self.model, "config", {"model_type": "custom"})
+        return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+    # -- adapters --
+    def inject_adapter(self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False) -> None:
+        config = self.session.configs.pop(adapter_name)
+        attach(
+            model, config, adapter_name, activate_it=False, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters.
+
+        Raises:
+            ValueError: one of them is not loaded.
+        """
+        activate(self.session, (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name), self.model)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Say which adapters are trained. They take gradients while they are active."""
+        names = self.session.check((adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names))
+        for name in names:
+            (self.session.trainable.add if requires_grad else self.session.trainable.discard)(name)
+        for place in places(self.model):
+            for name in names:
+                if name in place.adapters:
+                    place.adapters[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out of the model."""
+        detach(self.model, adapter_name)
+
+    def enable_adapter_layers(self) -> None:
+        self.session.enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        self.session.enabled = False
+
+    # -- merging --
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Put adapters (the active ones where None) into the weights; `unmerge_adapter` takes them out to the bit."""
+        merging.merge(self.model, self.session, adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base's own weights back."""
+        merging.unmerge(self.model)
+
+    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
+        """The base model with adapters merged into its weights, and nothing else left of them.
+
+        Args:
+            progressbar: for HF's signature; merging is fast enough not to need one.
+            safe_merge: refuse results that are not finite.
+            adapter_names: the adapters, in the order in which they act; the active ones where None.
+
+        Raises:
+            TypeError: a method is no function of the weight; the model stays as it was.
+        """
+        session = self.session
+        merging.unmerge(self.model)
+        merging.merge(self.model, session, adapter_names, safe_merge)
+        return merging.unload(self.model, session, keep_merged=True)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was before any adapter."""
+        return merging.unload(self.model, self.session, keep_merged=False)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        from .core.method import Additive
+
+        return isinstance(self.peft_config[adapter_name], Additive)
+
+
+def tuner_class(peft_type: str) -> type[BaseTuner]:
+    """The class that HF calls ``LoraModel``, ``IA3Model``, ...: the same for all methods but for its name."""
+    return TUNERS.setdefault(str(peft_type), type(_tuner_name(str(peft_type)), (BaseTuner,), {"peft_type": str(peft_type), "__module__": __name__}))
+
+
+def _tuner_name(peft_type: str) -> str:
+    method = METHODS.get(peft_type)
+    return f"{method.__name__.removesuffix('Config')}Model" if method is not None else "BaseTuner"
+
+
+TUNERS: dict[str, type[BaseTuner]] = {}
+
+
+def is_adapted(module: nn.Module) -> bool:
+    return isinstance(module, Inlaid)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+__all__ = ["TUNERS", "BaseTuner", "TunerLayer", "dtype_of", "is_adapted", "tuner_class"]
