@@ -1,0 +1,68 @@
+"""A base model with an adapter set into it, as compare, chat and merge need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import hush
+
+Model = Annotated[str | None, typer.Option("--model", help="Folder or hub id of the base model; the one the adapter names when not given.")]
+Adapter = Annotated[Path, typer.Option("--adapter", help="Adapter folder, as `inlay train` writes it.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The model (with the adapter in it, when there is one), its tokenizer and what the base is called."""
+
+    model: Any
+    tokenizer: Any
+    base: str
+    adapter: Path | None
+
+
+def base_of(model: str | None, adapter: Path | None) -> str:
+    """The base model to load: the one given, the one the adapter names, or the bundled one.
+
+    Raises:
+        InputError: the adapter folder cannot be read, or names no base.
+    """
+    from inlay.training.errors import InputError
+    from inlay.training.models import adapter_base, bundled_base
+    from inlay.training.settings import BUNDLED
+
+    named = adapter_base(adapter) if adapter is not None else None
+    if model is not None:
+        return model
+    if adapter is None:
+        return BUNDLED
+    if not named:
+        raise InputError(f"--adapter {adapter}: does not name its base model; give it with --model.")
+    return BUNDLED if Path(named) == bundled_base() else named
+
+
+def load(model: str | None, adapter: Path | None, dtype: str = "auto", device: str = "auto") -> Tuned:
+    """Load base, tokenizer and adapter.
+
+    Raises:
+        InputError: one of them is missing or does not fit.
+    """
+    hush()
+    base = base_of(model, adapter)
+    from inlay.training import adapters, masking, models
+    from inlay.training.errors import InputError
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype {dtype}: give auto, float32, bfloat16 or float16.")
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise InputError(f"--device {device}: give auto, cpu, cuda or mps.")
+    adapters.serve_peft()
+    tokenizer = models.load_tokenizer(base, adapter)
+    masking.apply_template_choice(tokenizer, "auto")
+    loaded = models.load_model(base, dtype, device)
+    return Tuned(adapters.load_adapter(loaded, adapter) if adapter is not None else loaded, tokenizer, base, adapter)
