@@ -31,7 +31,7 @@ class Part:
     module: nn.Module
     site: Site | None
     adapter: nn.Module
-    nesting: str = ""
+    in_file: str = ""
 
 
 class Biases(Method):
@@ -128,7 +128,7 @@ def _set_in(session: Session, name: str, part: Part) -> None:
     place = part.module.__dict__.get("_inlay", {}).get(key)
     if place is None:
         place = Retrained(session, part.path, part.module) if part.site is None else Place(session, part.path, part.site)
-        place.nesting = part.nesting
+        place.in_file = part.in_file or part.path
         inlay(part.module, place)
     elif isinstance(part.adapter, Adapter):
         part.adapter.site = place.site
@@ -147,6 +147,7 @@ def plan(
 
     parts: list[Part] = []
     tied = tied_paths(model)
+    retrained = _retrained_parts(config, modules, tied, meta, autocast_adapter_dtype)
     if isinstance(config, Method):
         config.prepare(architecture(model))
         if only is None:
@@ -167,14 +168,13 @@ def plan(
             )
             if meta is None:
                 method.start(adapter)
-            parts.append(Part(target.path, modules_at(model, target), target.site, adapter, target.nesting))
+            parts.append(Part(target.path, modules_at(model, target), target.site, adapter, target.in_file))
         if follow:
             parts += _tied_parts(modules, tied, parts, where)
         parts += _token_parts(model, config, modules, tied, parts, where)
         if config.bias == "all":
-            parts += _bias_parts(modules, parts, where)
-    parts += _retrained_parts(config, modules, tied, meta, autocast_adapter_dtype)
-    return parts
+            parts += _bias_parts(modules, [*parts, *retrained], where)
+    return parts + retrained
 
 
 def modules_at(model: nn.Module, target: Target) -> nn.Module:
@@ -225,13 +225,13 @@ def _token_parts(model, config, modules, tied, parts, where) -> list[Part]:  # n
             adapter = Adapter(method, site, path, **where(site))
             if adapter.trainable_tokens_delta.device.type != "meta":
                 method.start(adapter)
-            found.append(Part(path, modules[path], site, adapter, ".token_adapter"))
+            found.append(Part(path, modules[path], site, adapter, f"{path}.token_adapter"))
     return found + _tied_parts(modules, {p: s for p, s in tied.items() if p not in {f.path for f in found}}, found, where)
 
 
 def _bias_parts(modules, parts, where) -> list[Part]:  # noqa: ANN001
     """``bias="all"``: the biases of all layers that are not adapted."""
-    taken = {id(part.module) for part in parts}
+    taken = {id(m) for part in parts for m in (part.module.modules() if part.site is None else (part.module,))}
     found = []
     for path, module in modules.items():
         if id(module) in taken or module._parameters.get("bias") is None or module._parameters.get("weight") is None:

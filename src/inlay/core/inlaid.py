@@ -148,8 +148,8 @@ class Place:
         self.adapters: dict[str, Adapter] = {}
         self.merged: tuple[str, ...] = ()
         self.kept: tuple[nn.Parameter | None, nn.Parameter | None] | None = None
-        # What goes between the host's name and the tensors' in a file.
-        self.nesting = ""
+        # What a file calls the host.
+        self.in_file = path
         host = type(site.module)
         # The fused kernels stand for nn.Linear's own forward and for nothing that overrides it.
         self.plain = type(site) is Linear and host.forward is nn.Linear.forward and site.store.dense
@@ -274,7 +274,7 @@ class Retrained:
     def __init__(self, session: Session, path: str, module: nn.Module) -> None:
         self.session, self.path, self.module = session, path, module
         self.adapters: dict[str, nn.Module] = {}
-        self.nesting = ""
+        self.in_file = path
         self.merged: tuple[str, ...] = ()
         self.kept: dict[tuple[str, str, bool], Tensor | None] | None = None
 

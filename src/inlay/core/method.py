@@ -205,6 +205,11 @@ class Method(PeftConfig):
                 changes |= fields
         return (replace(self, **changes) if changes else self).variant()
 
+    @property
+    def never_identity(self) -> str:
+        """Why an adapter with these options cannot start as the base; empty where it does."""
+        return ""
+
     def variant(self) -> Method:
         """The class that carries the mathematics of the options that are set."""
         return self

@@ -48,12 +48,15 @@ class NoMatchingPeftModuleError(ValueError):
 
 @dataclass
 class Target:
-    """One weight to adapt: the host's name in the model and the site."""
+    """One weight to adapt: the host's name in the model and the site.
+
+    Attributes:
+        in_file: what a file calls the host, where HF peft nests its wrappers; empty stands for ``path``.
+    """
 
     path: str
     site: Site
-    # Names that HF peft puts behind the path when it nests one wrapper a parameter.
-    nesting: str = ""
+    in_file: str = ""
 
 
 @dataclass
@@ -268,9 +271,9 @@ def _attention(module: nn.MultiheadAttention, path: str) -> list[Target]:
     """An attention of torch: its packed (or separate) projections, and the one behind it."""
     packed = module.in_proj_weight is not None
     names = ["in_proj_weight"] if packed else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-    targets = [Target(path, Read(module, n, "in_proj_bias" if packed else None), "" if packed else f".{n}") for n in names]
+    targets = [Target(path, Read(module, n, "in_proj_bias" if packed else None), path if packed else f"{path}.{n}") for n in names]
     out = Read(module.out_proj, "weight", "bias" if module.out_proj.bias is not None else None)
-    return [*targets, Target(f"{path}.out_proj" if path else "out_proj", out, "")]
+    return [*targets, Target(f"{path}.out_proj", out, f"{path}.base_layer.out_proj")]
 
 
 def _parameters(modules: Iterable[tuple[str, nn.Module]], config: Method, found: Explanation) -> set[str]:
@@ -296,7 +299,7 @@ def _parameters(modules: Iterable[tuple[str, nn.Module]], config: Method, found:
                 found.refused[full_name] = reason
                 continue
             found.matched.append(full_name)
-            found.targets.append(Target(path, site, ".base_layer" * (len(own) - 1 - i)))
+            found.targets.append(Target(path, site, path + ".base_layer" * (len(own) - 1 - i)))
     return hit
 
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..core.attach import Biases, Part
 from ..core.config import nearest
 from ..core.inlaid import Adapter, Place, Retrained, host_of, places
-from ..core.method import Param
+from ..core.method import LowRank, Param
 from ..core.session import Session
 from ..core.site import Site
-from ..core.targets import base_modules
+from ..core.targets import base_modules, tied_paths
+from ..core.tied import Tied
 
 PREFIX = "base_model.model."
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
@@ -74,7 +75,7 @@ class Slot(NamedTuple):
                 old.copy_(value)
 
 
-def slots(path: str, nesting: str, site_name: str, adapter: nn.Module, name: str) -> Iterator[Slot]:
+def slots(path: str, in_file: str, site_name: str, adapter: nn.Module, name: str) -> Iterator[Slot]:
     """The tensors of one adapter at one place."""
     base = f"{path}." if path else ""
     live = f"{base}adapters.{name}." + (f"{site_name}." if site_name not in ("", "weight") else "")
@@ -85,7 +86,7 @@ def slots(path: str, nesting: str, site_name: str, adapter: nn.Module, name: str
         return
     for own, param in adapter.declared.items():
         if param.persistent:
-            yield Slot(f"{path}{nesting}.{param.key or own}".lstrip("."), live + own, adapter, own, param, adapter.site)
+            yield Slot(f"{in_file}.{param.key or own}".lstrip("."), live + own, adapter, own, param, adapter.site)
     if adapter.trained_bias is not None:
         inside = "" if isinstance(adapter.method, Biases) else "base_layer."
         yield Slot(f"{base}{inside}bias", f"{live}trained_bias", adapter, "trained_bias")
@@ -97,14 +98,14 @@ def slots(path: str, nesting: str, site_name: str, adapter: nn.Module, name: str
 
 
 def slots_of_parts(parts: Sequence[Part], name: str) -> list[Slot]:
-    return [s for p in parts for s in slots(p.path, p.nesting, p.site.name if p.site is not None else "", p.adapter, name)]
+    return [s for p in parts for s in slots(p.path, p.in_file or p.path, p.site.name if p.site is not None else "", p.adapter, name)]
 
 
 def slots_of_model(model: nn.Module, name: str) -> list[Slot]:
     found = []
     for place in places(model):
         if name in place.adapters:
-            found += slots(place.path, place.nesting, place.name, place.adapters[name], name)
+            found += slots(place.path, place.in_file, place.name, place.adapters[name], name)
     return found
 
 
@@ -136,10 +137,34 @@ def adapter_tensors(
     session.check((name,))
     find = _finder(state_dict)
     found = {key_in_file(s, prefix): s.to_file(find(s)) for s in slots_of_model(model, name)}
+    found |= {prefix + k: t for k, t in _of_tied_ends(model, name).items()}
     for path, module in _embeddings_to_save(model, session, name, save_embedding_layers):
         adapted = any(isinstance(p, Place) and host_of(p) is module and name in p.adapters for p in places(model))
         found[f"{prefix}{path}.{'base_layer.' if adapted else ''}weight"] = module._parameters["weight"]  # type: ignore[assignment]
     return {k: _whole(t) for k, t in found.items()}
+
+
+def _of_tied_ends(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """HF writes the transposed factors of a tied head beside those of the embedding; readers of its files look for them."""
+    found = {}
+    for place in places(model):
+        p = place.adapters.get(name)
+        if isinstance(p, Adapter) and isinstance(p.method, Tied) and isinstance(p.method.source.method, LowRank):
+            a, b = p.method.source.method.factors(p.method.source)
+            found |= {f"{place.path}.lora_A.weight": b.mT, f"{place.path}.lora_B.weight": a.mT}
+    return found
+
+
+def _said_twice(model: nn.Module, key: str, given: Mapping[str, tuple[str, Tensor]]) -> bool:
+    """Keys of HF's files that repeat what other keys say: a tied head's factors, a retrained bias under its wrappers' names."""
+    if ".original_module." in key or ".modules_to_save." in key:
+        return True
+    for path, source in tied_paths(model).items():
+        for leaf, of in (("lora_A.weight", "lora_embedding_B"), ("lora_B.weight", "lora_embedding_A")):
+            first = given.get(f"{source}.{of}")
+            if key == f"{path}.{leaf}" and first is not None:
+                return torch.equal(given[key][1], first[1].mT)
+    return False
 
 
 def _finder(state_dict: Mapping[str, Tensor] | None):  # noqa: ANN202
@@ -268,6 +293,8 @@ def compare(found: Sequence[Slot], model: nn.Module, tensors: Mapping[str, Tenso
         path, _, leaf = hit.replace(".base_layer", "").rpartition(".")
         module = modules.get(path)
         own = module._parameters.get(leaf) if module is not None else None
+        if _said_twice(model, hit, given):
+            continue
         if own is None or path.rpartition(".")[2] not in _embedding_leaves(model):
             report.unexpected_keys.append(key)
         elif own.shape != tensor.shape:
