@@ -1,0 +1,121 @@
+"""Merging is exact, and comes undone to the bit."""
+
+import pytest
+import torch
+
+import inlay
+from inlay.core.inlaid import places
+
+from .tiny import assert_same, bert_classifier, ids, llama, logits, mixtral, snapshot, stir
+
+
+def test_a_thousand_cycles_in_bfloat16_change_no_bit():
+    model = llama(layers=1).to(torch.bfloat16)
+    peft_model = inlay.get_peft_model(model, inlay.LoraConfig(target_modules="all-linear"))
+    stir(peft_model)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    for _ in range(1000):
+        peft_model.merge_adapter()
+        peft_model.unmerge_adapter()
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_merging_rounds_once_in_half_precision():
+    model = llama(layers=1).to(torch.bfloat16)
+    peft_model = inlay.get_peft_model(model, inlay.LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj"]))
+    stir(peft_model, by=0.3)
+    (place,) = places(model)
+    p, w = place.adapters["default"], place.site.module.weight.detach()
+    exact = w.double() + 3 / 4 * p.lora_B.detach().double() @ p.lora_A.detach().double()
+    peft_model.merge_adapter()
+    merged = place.site.module.weight
+    # The nearest bfloat16 of the exact sum; float32 arithmetic in between may turn a tie.
+    assert (merged == exact.to(torch.bfloat16)).float().mean() > 0.999
+    assert (merged.double() - exact).abs().max() <= (exact.to(torch.bfloat16).double() - exact).abs().max() * 1.01
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"modules_to_save": ["classifier"]}])
+def test_merged_equals_adapted(options):
+    model, x = bert_classifier(), ids()
+    peft_model = inlay.get_peft_model(model, inlay.LoraConfig(target_modules=["query", "dense"], **options)).eval()
+    stir(peft_model)
+    y = logits(peft_model, x)
+    merged = peft_model.merge_and_unload(safe_merge=True)
+    assert type(merged).__name__ == "BertForSequenceClassification"
+    assert not list(places(merged))
+    torch.testing.assert_close(logits(merged, x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_expert_stacks_merge():
+    model, x = mixtral(), ids()
+    config = inlay.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    peft_model = inlay.get_peft_model(model, config).eval()
+    peft_model.add_adapter("down", inlay.LoraConfig(target_modules=[], target_parameters=["experts.down_proj"], lora_dropout=0.1))
+    stir(peft_model)
+    stir(peft_model, "down", seed=5)
+    base = {n: t.clone() for n, t in model.state_dict().items()}
+    for names in (["default"], ["down"], ["default", "down"]):
+        peft_model.set_adapter(names)
+        y = logits(peft_model, x)
+        peft_model.merge_adapter(names)
+        torch.testing.assert_close(logits(peft_model, x), y, rtol=1e-5, atol=1e-5)
+        peft_model.unmerge_adapter()
+        assert all(torch.equal(t, base[n]) for n, t in model.state_dict().items())
+
+
+def test_a_merge_that_is_not_finite_changes_nothing():
+    model, x = llama(), ids()
+    peft_model = inlay.get_peft_model(model, inlay.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    stir(peft_model)
+    y = logits(peft_model, x)
+    last = list(places(model))[-1].adapters["default"]
+    last.lora_B.data[0, 0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"v_proj.*not finite"):
+        peft_model.merge_adapter(safe_merge=True)
+    last_values = {k: v for k, v in snapshot(model)["tensors"].items() if "adapters" not in k}
+    assert all(torch.equal(v, before["tensors"][k]) for k, v in last_values.items())
+    last.lora_B.data[0, 0] = 0
+    assert not torch.equal(logits(peft_model, x), y * 2)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_tied_embeddings_are_merged_once_and_stay_tied(tie):
+    model, x = llama(tie_word_embeddings=True), ids()
+    before = snapshot(model)
+    config = inlay.LoraConfig(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=tie)
+    peft_model = inlay.get_peft_model(model, config)
+    stir(peft_model)
+    y = logits(peft_model, x)
+    peft_model.merge_adapter()
+    torch.testing.assert_close(logits(peft_model, x), y, rtol=1e-5, atol=1e-5)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+    peft_model.unmerge_adapter()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    merged = peft_model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, x), y, rtol=1e-5, atol=1e-5)
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tie
+    # A file of weights that have come apart must hold both.
+    assert merged.config.tie_word_embeddings == tie
+    assert before["classes"] == snapshot(merged)["classes"]
+
+
+def test_merged_models_save_and_load(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, x = llama(tie_word_embeddings=True), ids()
+    peft_model = inlay.get_peft_model(model, inlay.LoraConfig(target_modules=["embed_tokens", "q_proj"]))
+    stir(peft_model)
+    y = logits(peft_model, x)
+    peft_model.merge_and_unload().save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path), x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_unload_restores_after_merge():
+    model = llama()
+    before = snapshot(model)
+    peft_model = inlay.get_peft_model(model, inlay.LoraConfig(target_modules=["q_proj"]))
+    stir(peft_model)
+    peft_model.merge_adapter()
+    peft_model.unload()
+    assert_same(before, snapshot(model))
