@@ -157,17 +157,27 @@ class BaseTuner(nn.Module):
         return isinstance(self.peft_config[adapter_name], Additive)
 
 
+TUNERS: dict[str, type[BaseTuner]] = {}
+
+
 def tuner_class(peft_type: str) -> type[BaseTuner]:
     """The class that HF calls ``LoraModel``, ``IA3Model``, ...: the same for all methods but for its name."""
-    return TUNERS.setdefault(str(peft_type), type(_tuner_name(str(peft_type)), (BaseTuner,), {"peft_type": str(peft_type), "__module__": __name__}))
+    if peft_type not in TUNERS:
+        body = {"peft_type": peft_type, "__module__": __name__}
+        TUNERS[peft_type] = type(_tuner_name(METHODS[peft_type]), (BaseTuner,), body)
+    return TUNERS[peft_type]
 
 
-def _tuner_name(peft_type: str) -> str:
-    method = METHODS.get(peft_type)
-    return f"{method.__name__.removesuffix('Config')}Model" if method is not None else "BaseTuner"
+def _tuner_name(method: type[Method]) -> str:
+    return f"{method.__name__.removesuffix('Config')}Model"
 
 
-TUNERS: dict[str, type[BaseTuner]] = {}
+def __getattr__(name: str) -> type[BaseTuner]:
+    """The classes by name, for imports and for pickle."""
+    found = next((t for t, m in METHODS.items() if _tuner_name(m) == name), None)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return tuner_class(found)
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .method import Additive, Method, Param, folded, full, generator_for
+from .method import Additive, Method, Param, biased, folded, full, generator_for
 from .session import BASE, Session
 from .site import Linear, Site
 
@@ -46,7 +46,6 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.method, self.site, self.path, self.strength = method, site, path, 1.0
-        self.declared: dict[str, Param] = method.params(site)
         for name, param in self.declared.items():
             tensor = _initial(param, site, generator_for(method.seed, path, name), dtype, device)
             if param.trainable:
@@ -77,6 +76,18 @@ class Adapter(nn.Module):
             method.start(self)
 
     @property
+    def declared(self) -> dict[str, Param]:
+        """What the method keeps here, by name."""
+        found = self.__dict__.get("_declared")
+        if found is None:
+            found = self.__dict__["_declared"] = self.method.params(self.site)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Declarations hold functions, which do not travel; they are made again from the method.
+        return {k: v for k, v in self.__dict__.items() if k != "_declared"}
+
+    @property
     def shared(self) -> Any:
         return self._shared[0]
 
@@ -97,7 +108,7 @@ def _initial(param: Param, site: Site, generator: torch.Generator, dtype: torch.
 class Inner:
     """The layer so far: what it does to an input, and which weight and bias that amounts to."""
 
-    __slots__ = ("call", "dense", "params", "site")
+    __slots__ = ("bias", "call", "dense", "params", "site")
 
     def __init__(
         self,
@@ -105,28 +116,35 @@ class Inner:
         call: Callable[[Tensor], Tensor],
         params: Callable[[], tuple[Tensor, Tensor | None]],
         dense: tuple[Tensor, Tensor | None] | None = None,
+        bias: Callable[[], Tensor | None] | None = None,
     ) -> None:
         self.site, self.call, self.params, self.dense = site, call, params, dense
+        # The bias without the weight, which a quantised host would have to restore.
+        self.bias = bias or (lambda: params()[1])
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.call(x)
 
     def then(self, p: Adapter) -> Inner:
         """This layer with one more adapter on it."""
-        inner = self if p.trained_bias is None else self.with_bias(p.trained_bias)
+        inner = self if p.trained_bias is None else self._with_bias_of(p)
         method = p.method
         if p.strength == 1 or isinstance(method, Additive):
             return Inner(self.site, lambda x: method.around(p, inner, x), lambda: folded(p, *inner.params()))
         return Inner(self.site, lambda x: Method.around(method, p, inner, x), lambda: folded(p, *inner.params()))
 
-    def with_bias(self, bias: Tensor) -> Inner:
-        old = self.site.bias()
-
+    def _with_bias_of(self, p: Adapter) -> Inner:
         def call(x: Tensor) -> Tensor:
-            y = self.call(x)
-            return y + self.site.rows(bias if old is None else bias - old.to(bias.dtype)).to(y.dtype)
+            y, old = self.call(x), self.bias()
+            new = biased(p, old)
+            assert new is not None
+            return y + self.site.rows(new if old is None else new - old.to(new.dtype)).to(y.dtype)
 
-        return Inner(self.site, call, lambda: (self.params()[0], bias))
+        def params() -> tuple[Tensor, Tensor | None]:
+            w, b = self.params()
+            return w, biased(p, b)
+
+        return Inner(self.site, call, params, bias=lambda: biased(p, self.bias()))
 
 
 # What hosts that read their weights have read in the forward pass that is running: an expert stack is read once an expert.
@@ -169,18 +187,21 @@ class Place:
         assert weight is not None
         return self.site.matrix(self.site.store.read_tensor(weight)), bias
 
+    def base_bias(self) -> Tensor | None:
+        return self.site.bias() if self.kept is None else self.kept[1]
+
     def inner(self, call: Callable[..., Tensor] | None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Inner:
         """The bare layer."""
         kwargs = kwargs or {}
         site = self.site.bound(args, kwargs) if args or kwargs else self.site
         if self.kept is not None or call is None:
-            return Inner(site, lambda x: site.apply(x, *self.base()), self.base)
+            return Inner(site, lambda x: site.apply(x, *self.base()), self.base, bias=self.base_bias)
         dense = None
         if self.plain and not args and not kwargs:
             weight = site.module._parameters["weight"]
             if type(weight) is nn.Parameter or type(weight) is Tensor:
                 dense = weight, site.module._parameters["bias"]
-        return Inner(site, (lambda x: call(x, *args, **kwargs)) if args or kwargs else call, self.base, dense)
+        return Inner(site, (lambda x: call(x, *args, **kwargs)) if args or kwargs else call, self.base, dense, self.base_bias)
 
     def forward(self, call: Callable[..., Tensor], host_is_bare: bool, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         choice = self.session.choice()
@@ -210,7 +231,7 @@ class Place:
         w, b = full(w), None if b is None else full(b)
         for name in self.here(names):
             p = self.adapters[name]
-            w, b = folded(p, w, b if p.trained_bias is None else full(p.trained_bias))
+            w, b = folded(p, w, biased(p, b))
         return w, b
 
     def value(self, name: str) -> Tensor | None:
