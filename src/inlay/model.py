@@ -157,7 +157,16 @@ class PeftModel(nn.Module):
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     def _prompted(self) -> bool:
-        return self._is_prompt_learning and any(n in self.prompt_encoder for n in self.session.choice().names)
+        if not self._is_prompt_learning or not len(self.prompt_encoder):
+            return False
+        choice = self.session.choice()
+        return any(n in self.prompt_encoder for n in choice.rows or choice.names)
+
+    def _show_prompts(self) -> None:
+        if self._is_prompt_learning and len(self.prompt_encoder):
+            from .prompts import show_trainable
+
+            show_trainable(self)
 
     def _rows(self, names: Sequence[str] | None) -> Any:
         return nullcontext() if names is None else self.session.local(self.session.active, rows=names)
@@ -198,10 +207,12 @@ class PeftModel(nn.Module):
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Choose the active adapter, or several that act one after another. What is trainable does not change by it."""
         _tuner(self).set_adapter(adapter_name)
+        self._show_prompts()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say which adapters are trained."""
         _tuner(self).set_requires_grad(adapter_names, requires_grad)
+        self._show_prompts()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out; with the last one the base is what it was."""
@@ -209,6 +220,7 @@ class PeftModel(nn.Module):
         if self._is_prompt_learning:
             del self.prompt_encoder[adapter_name]
         _tuner(self).delete_adapter(adapter_name)
+        self._show_prompts()
 
     # ---- parameters ---------------------------------------------------------------------------------------------------
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -227,9 +239,17 @@ class PeftModel(nn.Module):
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
+        if self._is_prompt_learning:
+            from .prompts import prompt_layer_status
+
+            return [prompt_layer_status(self), *get_layer_status(self)]
         return get_layer_status(self)
 
     def get_model_status(self) -> TunerModelStatus:
+        if self._is_prompt_learning:
+            from .prompts import prompt_model_status
+
+            return prompt_model_status(self)
         return get_model_status(self)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
@@ -417,8 +437,7 @@ def _fill_existing(model: PeftModel, tensors: Mapping[str, Tensor], name: str, s
     if model._is_prompt_learning:
         from .prompts import load_prompt
 
-        load_prompt(model, name, tensors)
-        return LoadReport()
+        return load_prompt(model, name, tensors, strict)
     base = model.get_base_model()
     return fill(slots_of_model(base, name), base, tensors, name, strict=strict, ignore_mismatched_sizes=not strict)
 
@@ -520,6 +539,9 @@ def inject_adapter_in_model(
     """
     if not isinstance(peft_config, Method):
         raise ValueError(f"`inject_adapter_in_model` sets adapters into weights; {peft_config.peft_type} acts on inputs. Use `get_peft_model`.")
+    if "peft_config" not in vars(model) and next(places(model), None) is None:
+        # Whoever took the layers' adapters away and deleted `peft_config` meant the adapters to be gone.
+        vars(model).pop("_inlay_session", None)
     only = None
     if state_dict:
         only = {k.removeprefix("_orig_mod.").removeprefix(PREFIX).rsplit(f".{peft_config.prefix}", 1)[0] for k in state_dict}
@@ -549,7 +571,7 @@ def get_peft_model_state_dict(
     if isinstance(model, PeftModel) and model._is_prompt_learning:
         from .prompts import prompt_tensors
 
-        return prompt_tensors(model, adapter_name, state_dict)
+        return prompt_tensors(model, adapter_name, state_dict, save_embedding_layers)
     base, prefix = (model.get_base_model(), PREFIX) if isinstance(model, PeftModel) else (model, "")
     session = session_of(base)
     if session is None:
@@ -575,8 +597,7 @@ def set_peft_model_state_dict(
     if isinstance(model, PeftModel) and model._is_prompt_learning:
         from .prompts import load_prompt
 
-        load_prompt(model, adapter_name, peft_model_state_dict)
-        return LoadReport()
+        return load_prompt(model, adapter_name, peft_model_state_dict, strict=False, ignore_mismatched_sizes=ignore_mismatched_sizes)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     slots = slots_of_model(base, adapter_name)
     live = {s.key: s.live for s in slots}

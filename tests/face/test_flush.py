@@ -202,10 +202,12 @@ def test_views_for_other_libraries():
     assert dict(layer.r) == {"default": 4}
     assert layer.scaling["default"] == 3.0
     assert layer.active_adapters == ["default"]
-    assert layer.base_layer is layer.get_base_layer() is layer
+    assert type(layer.base_layer) is type(layer.get_base_layer()) is nn.Linear
+    assert layer.base_layer.weight is layer.weight
     stir(model)
     x = torch.randn(2, 32)
     y, base = layer(x), nn.functional.linear(x, layer.weight)
+    assert torch.equal(layer.base_layer(x), base)
     for scale in (0.5, 2.0, 0.0):
         layer.set_scale("default", scale)
         torch.testing.assert_close(layer(x) - base, scale * (y - base), rtol=1e-4, atol=1e-5)

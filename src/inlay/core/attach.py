@@ -323,9 +323,9 @@ def detach(model: nn.Module, name: str) -> None:
     for place in list(places(model)):
         if name in place.adapters:
             unseat(place, host_of(place), name)
+    session.forget(name)
     del session.configs[name]
-    session.trainable.discard(name)
-    session.active = tuple(n for n in session.active if n != name)
+    _show_trainable(model, session, session.active)
     if not session.configs:
         for q in session.frozen:
             q.requires_grad_(True)

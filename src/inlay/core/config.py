@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -135,6 +136,9 @@ class PeftConfig:
         if self.task_type is not None and self.task_type not in list(TaskType):
             known = [t.value for t in TaskType]
             raise ValueError(f"Invalid task type: {self.task_type!r}.{nearest(str(self.task_type), known)} Known: {', '.join(known)}.")
+        if self.peft_type in list(PeftType):
+            # Files have the bare name; others ask for `peft_type.value`.
+            self.peft_type = PeftType(self.peft_type)
         if self.peft_version is None:
             self.peft_version = PEFT_VERSION
 
@@ -176,7 +180,7 @@ class PeftConfig:
         write_json(Path(save_directory) / CONFIG_NAME, plain)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any) -> Self:
         """Read a configuration from a folder or a hub repository, into the class that its ``peft_type`` names.
 
         Raises:

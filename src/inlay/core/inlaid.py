@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ class Adapter(nn.Module):
     """
 
     trained_bias: nn.Parameter | None
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(
         self,
@@ -318,6 +322,12 @@ class Retrained:
         own = {f"{path}.{key}" if path else key: t for (path, key, _), t in self.kept.items() if t is not None}
         return torch.func.functional_call(self.module, own, args, kwargs)
 
+    def value(self, name: str) -> Tensor | None:
+        """What code that reads the host's weight or bias itself finds there: that of the module which acts now."""
+        names = self.here(self.session.choice().names)
+        module = self.adapters[names[-1]] if names and names != self.merged else self.module
+        return module._parameters.get(name)
+
     def merge(self, names: Sequence[str], check: bool = False) -> None:
         names = self.here(names)
         if names == self.merged or not names:
@@ -423,7 +433,7 @@ class Inlaid:
 def _reader(name: str) -> property:
     def read(self: nn.Module) -> Any:
         for place in self.__dict__["_inlay"].values():
-            if name in (place.site.name, place.site.bias_name):
+            if isinstance(place, Retrained) or name in (place.site.name, place.site.bias_name):
                 return place.value(name)
         return self._parameters[name]
 
@@ -457,7 +467,9 @@ def inlay(module: nn.Module, place: AnyPlace) -> None:
     places[place.name] = place
     reads = []
     for p in places.values():
-        if isinstance(p, Place) and p.site.reads:
+        if isinstance(p, Retrained):
+            reads += [n for n in ("weight", "bias") if n in module._parameters]
+        elif p.site.reads:
             reads += [n for n in (p.site.name, p.site.bias_name) if n is not None and n in module._parameters]
     called = next((n for n, p in places.items() if isinstance(p, Retrained) or not p.site.reads), "none")
     module.__dict__["_inlay"] = places
@@ -493,6 +505,19 @@ def lift(module: nn.Module, name: str) -> None:
         module._old_forward = types.MethodType(host.forward, module)
     if "_host_forward" in own:
         module.forward = own.pop("_host_forward")
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """An adapted layer as it is without adapters: a second module of the host's class over the same tensors."""
+    host = host_class(module)
+    twin = object.__new__(host)
+    own = {k: v for k, v in vars(module).items() if k not in ("_inlay", "_host_forward")}
+    twin.__dict__ = own | {"_modules": {n: m for n, m in module._modules.items() if n != "adapters"}}
+    if "_old_forward" in own:
+        twin._old_forward = types.MethodType(host.forward, twin)
+    if "_host_forward" in vars(module):
+        twin.forward = vars(module)["_host_forward"]
+    return twin
 
 
 def seat(place: AnyPlace, module: nn.Module, name: str, adapter: nn.Module) -> None:

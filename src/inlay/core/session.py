@@ -6,7 +6,7 @@ run on one model never see each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -62,7 +62,7 @@ class Session:
                     return choice
         return Choice(self.active if self.enabled else ())
 
-    def check(self, names: Sequence[str]) -> tuple[str, ...]:
+    def check(self, names: Iterable[str]) -> tuple[str, ...]:
         """The names as a tuple.
 
         Raises:
@@ -72,6 +72,14 @@ class Session:
             if name not in self.configs:
                 raise ValueError(f"Adapter {name!r} not found.{nearest(name, self.configs)} Loaded: {', '.join(self.configs) or 'none'}.")
         return tuple(names)
+
+    def forget(self, name: str) -> None:
+        """Let an adapter be neither active nor trained any more. As in HF peft, where none is left active the first other one is."""
+        remaining = tuple(n for n in self.active if n != name)
+        if not remaining and name in self.active:
+            remaining = tuple(n for n in self.configs if n != name)[:1]
+        self.active = remaining
+        self.trainable.discard(name)
 
     @contextmanager
     def local(self, names: Sequence[str] = (), rows: Sequence[str] | None = None) -> Iterator[None]:

@@ -42,18 +42,25 @@ class TunerLayer(nn.Module):
 
     # -- the base --
     def get_base_layer(self) -> nn.Module:
-        return self
+        """The layer without its adapters: a module of the host's own class that holds the very same tensors."""
+        from .inlaid import bare
+
+        return bare(self)
 
     @view
     def base_layer(self) -> nn.Module:
-        return self
+        return self.get_base_layer()
 
     # -- who is active --
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters of the whole model: there is one record of it, the session."""
         from .attach import activate
 
-        activate(self._place.session, _names(adapter_names))
+        session = self._place.session
+        activate(session, _names(adapter_names))
+        for place in self._places.values():
+            for name, adapter in place.adapters.items():
+                adapter.requires_grad_(name in session.trainable and name in session.active)
 
     def enable_adapters(self, enabled: bool) -> None:
         self._place.session.enabled = enabled
@@ -65,8 +72,11 @@ class TunerLayer(nn.Module):
                     place.adapters[name].requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out of this layer. Others call this for each layer, so the adapter is no longer active anywhere."""
         from .inlaid import unseat
 
+        session = self._place.session
+        session.forget(adapter_name)
         for place in list(self._places.values()):
             if adapter_name in place.adapters:
                 unseat(place, self, adapter_name)
@@ -176,8 +186,11 @@ class TensorView(MutableMapping[str, Any]):
         return adapter in set(self)
 
     def __setitem__(self, adapter: str, value: Any) -> None:
+        own, value = getattr(self.place.adapters[adapter], self.name), getattr(value, "weight", value)
         with torch.no_grad():
-            getattr(self.place.adapters[adapter], self.name).copy_(getattr(value, "weight", value))
+            # Values of another device move the tensor there.
+            own.data = own.data.to(value.device)
+            own.copy_(value)
 
     def __delitem__(self, adapter: str) -> None:
         raise TypeError(f"Delete the adapter {adapter!r} with `delete_adapter`; one tensor of it cannot go alone.")
@@ -193,6 +206,11 @@ class Weight:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         yield self.weight
+
+    def to(self, *args: Any, **kwargs: Any) -> Weight:
+        """Move or convert the adapter's own tensor, in place as ``nn.Module.to`` does."""
+        self.weight.data = self.weight.data.to(*args, **kwargs)
+        return self
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight)
