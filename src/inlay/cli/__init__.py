@@ -1,91 +1,18 @@
-"""The command line: one binary, a file a verb. Nothing here imports torch; a verb does, once it runs."""
+"""The command line. ``main`` is the ``inlay`` binary; the libraries it is made of are loaded once it runs."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
-
-import typer
-
-from .chat import chat
-from .compare import compare
-from .inspect import inspect
-from .merge import merge
-from .output import UNEXPECTED, USAGE, fail, prepare
-from .quickstart import quickstart
-from .train import MethodCommand, train
-
-app = typer.Typer(
-    name="inlay",
-    help="Adapters set flush into a frozen model: train, compare, talk, inspect, merge.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"inlay {version('inlay')}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries below say.")] = False,
-) -> None:
-    """Adapters set flush into a frozen model: train, compare, talk, inspect, merge."""
-
-
-app.command(cls=MethodCommand)(train)
-app.command()(compare)
-app.command()(chat)
-app.command()(inspect)
-app.command()(merge)
-app.command()(quickstart)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run ``inlay``. Exit codes: 0 done, 1 something broke, 2 the input cannot be used, 130 interrupted."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
-    words = ["--debug", *(word for word in words if word != "--debug")] if debug else words  # welcome anywhere on the line
-    prepare(debug)
+    """Run ``inlay``. Exit codes: 0 done, 1 something broke, 2 the input cannot be used, 130 interrupted.
+
+    Args:
+        arguments: the words behind ``inlay``; those of the process when not given.
+    """
     try:
-        code = app(words, standalone_mode=False)
-    except KeyboardInterrupt:
-        code = fail("interrupted.", 130)
-    except Exception as error:
-        if debug:
-            raise
-        code = _explain(error)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _explain(error: Exception) -> int:
-    """One line for the error, and the exit code."""
-    from inlay.training.errors import InputError
-
-    if hasattr(error, "format_message"):  # what typer raises on a flag or argument it cannot read
-        return fail(_usage(error), USAGE)
-    if isinstance(error, typer.Abort):
-        return fail("interrupted.", 130)
-    if isinstance(error, InputError):
-        return fail(str(error), USAGE)
-    if isinstance(error, ModuleNotFoundError):
-        return fail(f"the package '{error.name}' is missing; install it with pip install 'inlay[train]'.", UNEXPECTED)
-    text = " ".join(str(error).split()) or type(error).__name__
-    kind = "" if isinstance(error, (FloatingPointError, RuntimeError, OSError, ValueError)) else f"{type(error).__name__}: "
-    return fail(f"{kind}{text} (--debug shows where)", UNEXPECTED)
-
-
-def _usage(error: Exception) -> str:
-    message = str(error.format_message())  # type: ignore[attr-defined]
-    context = getattr(error, "ctx", None)
-    where = context.command_path if context is not None else "inlay"
-    return f"{message if message.endswith('?') else message.rstrip('.') + '.'} `{where} --help` lists what it takes."
+        from .app import run
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: the package '{error.name}' is missing; install the command line with pip install 'inlay[train]'.")
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))

@@ -64,7 +64,7 @@ def adapter_facts(path: Path) -> dict[str, Any]:
         "method": str(config.get("peft_type", "unknown")).lower(),
         "base_model": config.get("base_model_name_or_path"),
         "task": config.get("task_type"),
-        "targets": config.get("target_modules"),
+        "targets": _kinds(config.get("target_modules")),
         "settings": {key: config[key] for key in LISTED if config.get(key) not in (None, {}, [], False)},
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "tensors": len(shapes),
@@ -73,6 +73,13 @@ def adapter_facts(path: Path) -> dict[str, Any]:
         "groups": adapter_groups(files, config),
         "consumers": verdicts(AdapterFacts(config, shapes)),
     }
+
+
+def _kinds(targets: Any) -> Any:
+    """A list of modules without the numbers of their layers; a regular expression as it stands."""
+    from inlay.training.adapters import group_of
+
+    return sorted({group_of(target) for target in targets}) if isinstance(targets, list) else targets
 
 
 def adapter_groups(files: list[Path], config: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 UNEXPECTED = 1
 USAGE = 2
+INTERRUPTED = 130  # what shells give for Ctrl-C
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything for people goes to stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries below say.", hidden=True)]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .output import Json, console, counting, emit, hush
+from .output import INTERRUPTED, Json, console, counting, emit, hush
 
 EPOCHS = 6
 BATCH_SIZE = 16
@@ -52,7 +52,7 @@ def quickstart(
         from .train import show as show_run
 
         show_run(result, screen)
-        return
+        raise typer.Exit(INTERRUPTED)
 
     from inlay.training import data
     from inlay.training.evaluate import compare

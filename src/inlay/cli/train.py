@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from inlay.training.settings import RunSettings, read_config, resolve, unknown_name
 
-from .output import console, emit, hush, table
+from .output import INTERRUPTED, console, emit, hush, table
 
 ADAPTER_FIELDS = "adapter fields"  # where the parsed flags of the method wait in the context
 
@@ -139,9 +139,7 @@ def train(
             show_default=False,
         ),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="YAML with the same names; flags win over it. A run.json works too.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML with the same names; flags win. A run.json works too.")] = None,
     method_help: Annotated[bool, typer.Option("--method-help", help="List the fields of --method's config and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything for people goes to stderr.")] = False,
     **flags: Any,
@@ -169,6 +167,8 @@ def train(
         emit(summary(result))
     else:
         show(result, screen)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _was_given(ctx: Any, name: str) -> bool:
@@ -242,15 +242,11 @@ def show(result: Any, screen: Any) -> None:
 
 
 def _show_method(method: str, screen: Any, as_json: bool) -> None:
-    import dataclasses
-
     from inlay.training import adapters
 
     rows = []
     for name, field in adapters.config_fields(method).items():
-        made_fresh = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if made_fresh else None if field.default is dataclasses.MISSING else field.default
-        rows.append({"field": name, "default": default, "help": " ".join(str(field.metadata.get("help", "")).split())})
+        rows.append({"field": name, "default": adapters.default_of(field), "help": " ".join(str(field.metadata.get("help", "")).split())})
     if as_json:
         emit({"method": method, "fields": rows, "methods": adapters.method_names()})
         return

@@ -51,6 +51,13 @@ def config_fields(method: str) -> dict[str, dataclasses.Field[Any]]:
     return {field.name: field for field in dataclasses.fields(config_class(method)) if field.init and field.name not in hidden}
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default value of a config's field; None for one without."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
 def is_switch(method: str, name: str) -> bool:
     """Whether the field is a plain yes or no, so that ``--name`` alone means yes."""
     return name in config_fields(method) and _hints(method).get(name) is bool

@@ -14,7 +14,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .events import Listener
 
-TRAINER_NAMES = {"mean_token_accuracy": "token_accuracy", "num_tokens": "tokens"}
+# TRL's names in its log, and ours in metrics.jsonl.
+STEP_NAMES = {
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "mean_token_accuracy": "token_accuracy",
+    "num_tokens": "tokens",
+}
 VALIDATION_NAMES = {"eval_loss": "val_loss", "eval_mean_token_accuracy": "val_token_accuracy"}
 
 
@@ -43,9 +50,7 @@ class RunRecorder(TrainerCallback):
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         total = {"seconds": round(self.seconds_before + seconds, 3)}
         if "loss" in logs:
-            line |= {
-                TRAINER_NAMES.get(key, key): logs[key] for key in ("loss", "learning_rate", "grad_norm", *TRAINER_NAMES) if key in logs
-            }
+            line |= {ours: logs[theirs] for theirs, ours in STEP_NAMES.items() if theirs in logs}
             tokens = int(line.get("tokens", 0))
             line |= {"tokens": self.tokens_before + tokens, "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)} | total
             self._append(line)

@@ -29,16 +29,18 @@ TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, ValueError, AttributeErro
 MARK_ALLOWANCE = 24  # characters of an end-of-turn mark that a template may count to the answer
 
 # For tokenizers that bring no template: the layout of the Alpaca data, which base models have seen often.
-FALLBACK_TEMPLATE = """{%- if bos_token %}{{ bos_token }}{% endif %}
-{%- for message in messages %}
-{%- if message.role == 'assistant' %}{{ message.content }}{{ eos_token }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}
-{%- elif message.role == 'user' %}### Instruction:\n{{ message.content }}\n\n### Response:\n
-{%- else %}{{ message.content }}\n\n{% endif %}
-{%- endfor %}"""
+FALLBACK_TEMPLATE = (
+    "{{ bos_token or '' }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{{ message.content + (eos_token or '') }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}"
+    "{% elif message.role == 'user' %}{{ '### Instruction:\\n' + message.content + '\\n\\n### Response:\\n' }}"
+    "{% else %}{{ message.content + '\\n\\n' }}{% endif %}{% endfor %}"
+)
 
 # --chat-template none: the prompt and the answer as they stand, as for a model that continues text.
-BARE_TEMPLATE = """{%- if bos_token %}{{ bos_token }}{% endif %}
-{%- for message in messages %}{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"""
+BARE_TEMPLATE = (
+    "{{ bos_token or '' }}{% for message in messages %}{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token or '' }}{% endif %}{% endfor %}"
+)
 
 
 @dataclass(frozen=True)

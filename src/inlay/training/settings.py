@@ -70,9 +70,7 @@ class RunSettings(BaseModel):
     batch_size: int = setting(8, "Training", "Samples per device and forward pass.", ge=1)
     grad_accum: int = setting(1, "Training", "Forward passes per optimizer step.", ge=1)
     lr: float = setting(2e-4, "Training", "Peak learning rate.", gt=0)
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting(
-        "cosine", "Training", "Shape of the learning rate."
-    )
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = setting("cosine", "Training", "Its shape.")
     warmup: float = setting(0.03, "Training", "Warm-up: a share of the steps below 1, a number of steps from 1 on.", ge=0)
     weight_decay: float = setting(0.0, "Training", "AdamW's weight decay.", ge=0)
     max_grad_norm: float = setting(1.0, "Training", "Clip the gradient to this norm.", gt=0)
@@ -80,9 +78,7 @@ class RunSettings(BaseModel):
     seed: int = setting(42, "Training", "Seed of the split, the order of the rows, the adapter's start and dropout.", ge=0)
 
     output: Path | None = setting(None, "Output", "Folder of the run; runs/<name of the data> when not given.")
-    eval_every: int | None = setting(
-        None, "Output", "Validate and save a checkpoint every so many steps; once an epoch when not given.", ge=1
-    )
+    eval_every: int | None = setting(None, "Output", "Validate and save every so many steps; once an epoch when not given.", ge=1)
     patience: int | None = setting(None, "Output", "Stop after this many validations without a better loss.", ge=1)
     samples: int = setting(12, "Output", "Validation rows whose base and tuned answers go into the report.", ge=0)
     overwrite: bool = setting(False, "Output", "Replace a finished run in the same folder.")

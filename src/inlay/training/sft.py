@@ -174,15 +174,19 @@ class _Run:
             def create_model_card(self, *args: Any, **kwargs: Any) -> None:
                 """Saving the adapter writes its card; one for the folder of checkpoints helps nobody."""
 
-        self.trainer = Trainer(
-            model=model,
-            args=_arguments(settings, folder, model, bool(val_rows)),
-            train_dataset=_dataset(train_rows),
-            eval_dataset=_dataset(val_rows) if val_rows else None,
-            processing_class=tokenizer,
-            peft_config=config,
-            callbacks=callbacks,
-        )
+        arguments = _arguments(settings, folder, model, bool(val_rows))
+        try:
+            self.trainer = Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=_dataset(train_rows),
+                eval_dataset=_dataset(val_rows) if val_rows else None,
+                processing_class=tokenizer,
+                peft_config=config,
+                callbacks=callbacks,
+            )
+        except ValueError as error:  # the adapter does not fit the model: nothing matches, or a layer that cannot be adapted
+            raise InputError(f"{settings.method} on {settings.model}: {' '.join(str(error).split())}") from error
         self.trainer.remove_callback(PrinterCallback)
         self.model: Any = self.trainer.model
 
