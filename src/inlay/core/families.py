@@ -41,7 +41,8 @@ class Rotation(Method):
             turned = self.turn(p, rows.reshape(-1, x.shape[-1]), inverse=True, training=p.training)
             return inner(turned.reshape(x.shape).to(x.dtype))
         w, b = inner.params()
-        return inner.site.apply(x, self.turn(p, full(w), training=p.training).to(w.dtype), b)
+        dtype = inner.site.dtype
+        return inner.site.apply(x, self.turn(p, full(w), training=p.training).to(dtype), None if b is None else b.to(dtype))
 
 
 def acts_on_last_axis(site: Site) -> bool:

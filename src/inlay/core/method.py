@@ -98,7 +98,8 @@ class Param:
 
 def generator_for(seed: int | None, *path: str) -> torch.Generator:
     """A generator of its own for each tensor: it depends on the seed and the tensor's name, on nothing that ran before."""
-    return torch.Generator().manual_seed(zlib.crc32("/".join(path).encode()) + ((seed or 0) << 32))
+    # torch's generator on the CPU looks at 32 bits of its seed, so all of it has to go into those.
+    return torch.Generator().manual_seed(zlib.crc32("/".join((str(seed or 0), *path)).encode()))
 
 
 # ---- methods ------------------------------------------------------------------------------------------------------------
@@ -261,6 +262,14 @@ def folded(p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | No
         if new_b is not None:
             new_b = torch.lerp(torch.zeros_like(new_b) if b is None else b, new_b, p.strength)
     return new_w, new_b
+
+
+def biased(p: Adapter, b: Tensor | None) -> Tensor | None:
+    """The bias so far, or the adapter's retrained one at the adapter's strength."""
+    if p.trained_bias is None:
+        return b
+    new = full(p.trained_bias)
+    return new if b is None or p.strength == 1 else torch.lerp(b.to(new.dtype), new, p.strength)
 
 
 class Additive(Method):

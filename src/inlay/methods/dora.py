@@ -24,7 +24,7 @@ class Dora(LoraConfig):
     """LoRA with ``use_dora=True``."""
 
     def params(self, site: Site) -> dict[str, Param]:
-        in_file = (1, site.module.out_channels, *(1 for _ in site.kernel)) if site.kernel else None
+        in_file = (1, -1, *(1 for _ in site.kernel)) if site.kernel else None
         return super().params(site) | {"lora_magnitude_vector": Param(("out",), zeros, file_shape=in_file)}
 
     def start(self, p: Adapter) -> None:
@@ -33,7 +33,11 @@ class Dora(LoraConfig):
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         v = w + p.strength * self.delta(p)
-        return (p.lora_magnitude_vector / v.norm(dim=-1).detach()).unsqueeze(-1) * v, b
+        return self._gain(p, v.norm(dim=-1).detach()).unsqueeze(-1) * v, b
+
+    def _gain(self, p: Adapter, norms: Tensor) -> Tensor:
+        """``m / |V|``; at strength 0 there is no gain, so that the base remains."""
+        return 1 + p.strength * (p.lora_magnitude_vector / norms - 1)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         site = inner.site
@@ -42,7 +46,7 @@ class Dora(LoraConfig):
         a, b = self.factors(p)
         w, bias = inner.params()
         scale = self.scaling * p.strength
-        gain = p.lora_magnitude_vector / row_norms(w, a, b, scale)
+        gain = self._gain(p, row_norms(w, a, b, scale))
         y = inner(x)
         plain = y if bias is None else y - site.rows(bias).to(y.dtype)
         if self.dropout and p.training:

@@ -50,6 +50,12 @@ class HRAConfig(Rotation):
         if self.r <= 0:
             raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
 
+    @property
+    def never_identity(self) -> str:
+        if self.apply_GS:
+            return "orthogonal reflections change the sign of their directions"
+        return "an odd number of reflections is no rotation" if self.r % 2 else ""
+
     def refuses(self, site: Site) -> str | None:
         if self.apply_GS and self.r > site.size("in"):
             return f"there are no r={self.r} orthogonal directions in {site.size('in')} dimensions"

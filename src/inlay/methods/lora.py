@@ -130,8 +130,12 @@ class LoraConfig(LowRank):
         groups = getattr(site.module, "groups", 1) if isinstance(site, _AnyConv) else 1
         if self.r % groups:
             return f"its {groups} groups share the rank, and r={self.r} is not divisible by {groups}"
+        if self.init_lora_weights == "orthogonal" and self.r // groups % 2:
+            return f"its {groups} groups have an odd rank each, which 'orthogonal' cannot split in two halves"
         if self.lora_bias and isinstance(site, Embedding):
             return "an embedding has no bias for `lora_bias`"
+        if self.lora_bias and site.reads and site.bias() is None:
+            return "it reads no bias to which `lora_bias` could be added"
         return None
 
     def names(self, site: Site) -> tuple[str, str]:
@@ -153,7 +157,7 @@ class LoraConfig(LowRank):
     def _inits(self, site: Site) -> tuple[Init, Init]:
         init = self.init_lora_weights
         if init == "orthogonal":
-            return _orthogonal(self.r, self.scaling, 1), _orthogonal(self.r, self.scaling, 0)
+            return _orthogonal(self.scaling, 1), _orthogonal(self.scaling, 0)
         if isinstance(site, Embedding):
             # HF starts an embedding's update with the other factor at zero: what is looked up is then dense.
             return (zeros, normal()) if init else (normal(), normal())
@@ -165,14 +169,17 @@ class LoraConfig(LowRank):
         return getattr(p, a), getattr(p, b)
 
     def delta_bias(self, p: Adapter) -> Tensor | None:
-        return self.scaling * p.lora_B_bias if self.lora_bias else None
+        if not self.lora_bias:
+            return None
+        return self.scaling * (p.lora_B_bias.flatten() if isinstance(p.site, _AnyConv) else p.lora_B_bias)
 
 
-def _orthogonal(r: int, scaling: float, half: int) -> Init:
+def _orthogonal(scaling: float, half: int) -> Init:
     """A from the odd and B from the even columns of one orthogonal r x r basis, so that ``B A = 0`` while neither is zero."""
 
     def start(tensor: Tensor, generator: torch.Generator) -> None:
         # Both factors must see one basis, so its generator is made anew from what they share: the rank.
+        r = tensor.shape[-2] if half else tensor.shape[-1]
         shared = torch.Generator().manual_seed(r)
         basis, _ = torch.linalg.qr(torch.randn(r, r, generator=shared))
         columns = basis[half::2]
