@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .events import Listener
@@ -97,16 +99,27 @@ class StopOnInterrupt(TrainerCallback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:  # a launcher sends SIGTERM after the Ctrl-C that its workers have heard already
+                raise KeyboardInterrupt
+            return
         self.asked = True
         self.listener.note("Stopping after this step and saving. Press Ctrl-C again to stop at once.")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+        self.asked = self._anyone_asked(args)
         if self.asked:
             control.should_training_stop = True
             control.should_save = True
             control.should_evaluate = False
         return control
+
+    def _anyone_asked(self, args: TrainingArguments) -> bool:
+        """All processes stop after the same step, or those that go on would wait for the others for ever."""
+        if args.world_size == 1 or not torch.distributed.is_initialized():
+            return self.asked
+        asked = torch.tensor(int(self.asked), device=args.device)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return bool(asked.item())
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         if self.asked:  # saved with the step just now; whoever interrupts does not wait for a validation
