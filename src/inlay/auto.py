@@ -69,7 +69,9 @@ class AutoPeftModel:
         if config is None:
             config = PeftConfig.from_pretrained(pretrained_model_name_or_path, subfolder=own.get("subfolder"), revision=revision, **hub)
         if not config.base_model_name_or_path:
-            raise ValueError(f"{pretrained_model_name_or_path} does not name its base model; load the base and use PeftModel.from_pretrained.")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not name its base model; load the base and use PeftModel.from_pretrained."
+            )
         task = str(config.task_type) if config.task_type is not None else None
         if cls._task is not None and task is not None and task != cls._task:
             raise ValueError(f"The adapter is for the task {task}, not {cls._task}; use AutoPeftModel, which goes by the file.")

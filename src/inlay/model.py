@@ -21,7 +21,7 @@ from .formats.card import write_card
 from .formats.folder import hub_options, read_tensors, weight_files, write_adapter
 from .formats.state import PREFIX, LoadReport, adapter_tensors, fill, slots_of_model, slots_of_parts, warn_of
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from .tuner import BaseTuner, dtype_of, tuner_class
+from .tuner import BaseTuner, tuner_class
 
 
 class PeftModel(nn.Module):
@@ -114,7 +114,7 @@ class PeftModel(nn.Module):
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype:
-        return dtype_of(self.get_base_model())
+        return next((q.dtype for q in self.get_base_model().parameters() if q.is_floating_point()), torch.get_default_dtype())
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -185,7 +185,12 @@ class PeftModel(nn.Module):
 
     # ---- adapters -----------------------------------------------------------------------------------------------------
     def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True, **options: Any
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        **options: Any,
     ) -> None:
         """Set one more adapter in; the active ones stay active.
 
@@ -257,7 +262,11 @@ class PeftModel(nn.Module):
 
     def _prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """Checkpointed blocks pass no gradient unless what enters them asks for one, and a frozen embedding's output does not."""
-        if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_quantized", False):
+        if (
+            getattr(model, "is_loaded_in_8bit", False)
+            or getattr(model, "is_loaded_in_4bit", False)
+            or getattr(model, "is_quantized", False)
+        ):
             return
         require_input_gradients(model)
 
@@ -300,7 +309,9 @@ class PeftModel(nn.Module):
                 continue
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             config = self.peft_config[name]
-            write_adapter(folder, tensors, self._config_in_file(config), safe_serialization=safe_serialization, max_shard_size=max_shard_size)
+            write_adapter(
+                folder, tensors, self._config_in_file(config), safe_serialization=safe_serialization, max_shard_size=max_shard_size
+            )
             write_card(folder, self, config)
 
     def _config_in_file(self, config: PeftConfig) -> dict[str, Any]:
@@ -359,10 +370,17 @@ class PeftModel(nn.Module):
         if config is None:
             config = PeftConfig.from_pretrained(model_id, subfolder=subfolder, **hub)
         config.inference_mode = not is_trainable
-        tensors = load_peft_weights(str(model_id), device="cpu", key_mapping=key_mapping, allow_pickle=allow_pickle, subfolder=subfolder, **hub)
+        tensors = load_peft_weights(
+            str(model_id), device="cpu", key_mapping=key_mapping, allow_pickle=allow_pickle, subfolder=subfolder, **hub
+        )
         chosen = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type), PeftModel) if cls is PeftModel else cls
         return chosen(
-            model, config, adapter_name, autocast_adapter_dtype, False, **_filling(model, tensors, adapter_name, strict, config.is_prompt_learning)
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype,
+            False,
+            **_filling(model, tensors, adapter_name, strict, config.is_prompt_learning),
         )
 
     def load_adapter(
@@ -386,7 +404,9 @@ class PeftModel(nn.Module):
         """
         subfolder = kwargs.get("subfolder")
         hub = hub_options(kwargs)
-        tensors = load_peft_weights(str(model_id), device="cpu", key_mapping=key_mapping, allow_pickle=allow_pickle, subfolder=subfolder, **hub)
+        tensors = load_peft_weights(
+            str(model_id), device="cpu", key_mapping=key_mapping, allow_pickle=allow_pickle, subfolder=subfolder, **hub
+        )
         if adapter_name in self.peft_config:
             report = _fill_existing(self, tensors, adapter_name, strict)
             if is_trainable:
@@ -398,7 +418,9 @@ class PeftModel(nn.Module):
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, **options)
         return LoadReport()
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str = "Upload adapter") -> Any:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str = "Upload adapter"
+    ) -> Any:
         """Save the adapters and upload them to a hub repository."""
         import tempfile
 
@@ -538,7 +560,9 @@ def inject_adapter_in_model(
         state_dict: adapt the modules that these keys name, where the configuration does not know them.
     """
     if not isinstance(peft_config, Method):
-        raise ValueError(f"`inject_adapter_in_model` sets adapters into weights; {peft_config.peft_type} acts on inputs. Use `get_peft_model`.")
+        raise ValueError(
+            f"`inject_adapter_in_model` sets adapters into weights; {peft_config.peft_type} acts on inputs. Use `get_peft_model`."
+        )
     if "peft_config" not in vars(model) and next(places(model), None) is None:
         # Whoever took the layers' adapters away and deleted `peft_config` meant the adapters to be gone.
         vars(model).pop("_inlay_session", None)

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from .core.inlaid import AnyPlace, Retrained, host_class, host_of, places, session_of
-from .core.views import TunerLayer
+from .core.targets import bare_model
 
 Irregular = Literal["irregular"]
 
@@ -55,7 +55,7 @@ class TunerModelStatus:
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
     devices: dict[str, list[str]]
-    quantization_backend: str | None | Irregular = None
+    quantization_backend: str | Irregular | None = None
 
 
 def _one(values: Iterable[bool | Irregular]) -> bool | Irregular:
@@ -80,17 +80,13 @@ def _layer(place: AnyPlace, prefix: str) -> TunerLayerStatus:
     )
 
 
-def _base(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The status of each adapted layer of a model, wrapped or injected into.
 
     Raises:
         ValueError: the model has no adapters.
     """
-    base = _base(model)
+    base = bare_model(model)
     if session_of(base) is None:
         raise ValueError("No adapter layers found in the model; adapters have not been set into it.")
     return [_layer(p, "" if base is model else "model.") for p in places(base)]
@@ -103,7 +99,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         ValueError: the model has no adapters.
     """
     layers = get_layer_status(model)
-    base = _base(model)
+    base = bare_model(model)
     session = session_of(base)
     assert session is not None
     parameters = list(model.parameters())
@@ -127,4 +123,4 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
-__all__ = ["TunerLayer", "TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"]
+__all__ = ["TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"]

@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from .core.attach import activate, attach, detach
 from .core.config import PeftConfig
-from .core.inlaid import Inlaid, places, session_of
+from .core.inlaid import places, session_of
 from .core.method import METHODS, Method
 from .core.session import Session
-from .core.views import TunerLayer
 from .operations import merge as merging
 
 
@@ -34,7 +32,12 @@ class BaseTuner(nn.Module):
     peft_type = ""
 
     def __init__(
-        self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], adapter_name: str, low_cpu_mem_usage: bool = False, **attach_options: Any
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        **attach_options: Any,
     ) -> None:
         super().__init__()
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
@@ -84,14 +87,21 @@ class BaseTuner(nn.Module):
         return self.model(*args, **kwargs)
 
     def get_model_config(self, model: nn.Module | None = None) -> dict[str, Any]:
-        config = getattr(model or self.model, "config", {"model_type": "custom"})
+        config: Any = getattr(model or self.model, "config", {"model_type": "custom"})
         return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
     # -- adapters --
-    def inject_adapter(self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False
+    ) -> None:
         config = self.session.configs.pop(adapter_name)
         attach(
-            model, config, adapter_name, activate_it=False, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+            model,
+            config,
+            adapter_name,
+            activate_it=False,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
         )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -178,14 +188,3 @@ def __getattr__(name: str) -> type[BaseTuner]:
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return tuner_class(found)
-
-
-def is_adapted(module: nn.Module) -> bool:
-    return isinstance(module, Inlaid)
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-
-
-__all__ = ["TUNERS", "BaseTuner", "TunerLayer", "dtype_of", "is_adapted", "tuner_class"]

@@ -174,7 +174,7 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path):
 
 
 def test_a_save_that_fails_leaves_the_old_files(saved, monkeypatch):
-    path, y = saved
+    path, _ = saved
     model = inlay.PeftModel.from_pretrained(llama(), path)
     stir(model, by=1.0)
     before = {p.name: p.read_bytes() for p in path.iterdir()}

@@ -27,7 +27,7 @@ def test_types_keys_and_base_checkpoints_stay():
     assert not unexpected
     assert len(missing) == 2 * 14
     assert peft_model.base_model.model is model
-    assert [n for n, q in peft_model.named_parameters() if q.requires_grad][0].startswith("base_model.model.model.layers.0.")
+    assert next(n for n, q in peft_model.named_parameters() if q.requires_grad).startswith("base_model.model.model.layers.0.")
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "torch"])

@@ -229,4 +229,7 @@ def test_trainable_parameters_are_counted(two, capsys):
     model.print_trainable_parameters()
     trainable = 2 * (4 * (32 + 32) + 4 * (32 + 16))
     total = sum(q.numel() for q in model.parameters())
-    assert capsys.readouterr().out.strip() == f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+    assert (
+        capsys.readouterr().out.strip()
+        == f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+    )

@@ -21,8 +21,19 @@ def layers(*names, n=2):
 def test_suffixes_regex_and_all_linear():
     model = llama()
     assert adapted(model, target_modules=["q_proj", "mlp.up_proj"]) == layers("self_attn.q_proj", "mlp.up_proj")
-    assert adapted(model, target_modules=r".*layers\.1\..*(q|k)_proj") == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"]
-    linear = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert adapted(model, target_modules=r".*layers\.1\..*(q|k)_proj") == [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.k_proj",
+    ]
+    linear = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
     assert adapted(model, target_modules="all-linear") == layers(*linear)
     assert adapted(model) == layers("self_attn.q_proj", "self_attn.v_proj")
 
@@ -42,12 +53,16 @@ def test_exclusion_and_layers():
 
 
 def test_the_first_number_is_the_layer():
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(2, 2)})])})] * 1)})
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(2, 2)})])})] * 1)}
+    )
     assert adapted(model, target_modules=["up"], layers_to_transform=[0]) == ["layers.0.experts.0.up"]
 
 
 def test_explanation_says_why():
-    found = inlay.explain_targets(llama(), inlay.LoraConfig(target_modules=["q_proj", "self_attn"], modules_to_save=["layers.0.self_attn.q_proj"]))
+    found = inlay.explain_targets(
+        llama(), inlay.LoraConfig(target_modules=["q_proj", "self_attn"], modules_to_save=["layers.0.self_attn.q_proj"])
+    )
     assert "as a whole" in found.excluded["model.layers.0.self_attn.q_proj"]
     assert "LlamaAttention has no weight" in found.refused["model.layers.1.self_attn"]
     assert "model.layers.1.mlp.up_proj" in found.frozen

@@ -11,7 +11,13 @@ VOCAB = 100
 
 def llama(layers: int = 2, **options) -> LlamaForCausalLM:
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB, **options
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        **options,
     )
     torch.manual_seed(7)
     return LlamaForCausalLM(config).eval()
@@ -19,7 +25,13 @@ def llama(layers: int = 2, **options) -> LlamaForCausalLM:
 
 def mixtral() -> MixtralForCausalLM:
     config = MixtralConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCAB, num_local_experts=4
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        num_local_experts=4,
     )
     torch.manual_seed(7)
     return MixtralForCausalLM(config).eval()

@@ -88,6 +88,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 CONFIGS: dict[str, type[PeftConfig]] = {}
+# HF's name for it.
+PEFT_TYPE_TO_CONFIG_MAPPING = CONFIGS
 
 
 def config_class(peft_type: str) -> type[PeftConfig]:

@@ -75,7 +75,9 @@ class Adapter(nn.Module):
                     value = site.bias().detach().to(tensor.dtype, copy=True)  # type: ignore[union-attr]
                 else:
                     value = _initial(self.declared[name], site, generator_for(method.seed, self.path, name), tensor.dtype, site.device)
-                table[name] = nn.Parameter(value, requires_grad=tensor.requires_grad) if table is self._parameters else value
+                if table is self._parameters:
+                    value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+                table[name] = value  # type: ignore[assignment]
         if incomplete:
             method.start(self)
 
@@ -162,14 +164,12 @@ class Place:
         path: the host's name in the model.
         adapters: the adapters that sit here, by name.
         merged: the adapters that are in the weight now.
-        kept: the host's own weight and bias while others are in their place; unmerging puts these very tensors back.
     """
 
     def __init__(self, session: Session, path: str, site: Site) -> None:
         self.session, self.path, self.site = session, path, site
         self.adapters: dict[str, Adapter] = {}
         self.merged: tuple[str, ...] = ()
-        self.kept: tuple[nn.Parameter | None, nn.Parameter | None] | None = None
         # What a file calls the host.
         self.in_file = path
         host = type(site.module)
@@ -183,55 +183,46 @@ class Place:
     def here(self, names: Sequence[str]) -> tuple[str, ...]:
         return tuple(n for n in names if n in self.adapters)
 
-    def base(self) -> tuple[Tensor, Tensor | None]:
-        """The host's own matrix and bias, also while adapters are merged."""
-        if self.kept is None:
-            return self.site.read()
-        weight, bias = self.kept
-        assert weight is not None
-        return self.site.matrix(self.site.store.read_tensor(weight)), bias
+    def inner(self, call: Callable[..., Tensor], bare: bool, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Inner:
+        """The layer without adapters.
 
-    def base_bias(self) -> Tensor | None:
-        return self.site.bias() if self.kept is None else self.kept[1]
-
-    def inner(self, call: Callable[..., Tensor] | None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Inner:
-        """The bare layer."""
-        kwargs = kwargs or {}
-        site = self.site.bound(args, kwargs) if args or kwargs else self.site
-        if self.kept is not None or call is None:
-            return Inner(site, lambda x: site.apply(x, *self.base()), self.base, bias=self.base_bias)
+        Args:
+            call: the host's forward.
+            bare: nothing is around that forward, so that a kernel may stand for it.
+            args, kwargs: what it takes beside its input.
+        """
+        further = bool(args or kwargs)
+        site = self.site.bound(args, kwargs or {}) if further else self.site
+        if site.kept is not None:
+            return Inner(site, lambda x: site.apply(x, *site.read()), site.read, bias=site.bias)
         dense = None
-        if self.plain and not args and not kwargs:
+        if bare and self.plain and not further:
             weight = site.module._parameters["weight"]
             if type(weight) is nn.Parameter or type(weight) is Tensor:
                 dense = weight, site.module._parameters["bias"]
-        return Inner(site, (lambda x: call(x, *args, **kwargs)) if args or kwargs else call, self.base, dense, self.base_bias)
+        return Inner(site, (lambda x: call(x, *args, **(kwargs or {}))) if further else call, site.read, dense, site.bias)
 
-    def forward(self, call: Callable[..., Tensor], host_is_bare: bool, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        choice = self.session.choice()
-        if choice.rows is not None and not (self.session.enabled and set(choice.rows) <= {BASE}):
-            return by_rows(choice.rows, lambda name, x, *a, **k: self._stacked(call, False, self._of(name), x, a, k), (x, *args), kwargs)
-        return self._stacked(call, host_is_bare, choice.names, x, args, kwargs)
-
-    def _of(self, row: str) -> tuple[str, ...]:
-        return () if row == BASE else (row,)
+    def forward(self, call: Callable[..., Tensor], bare: bool, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The adapted layer on ``x``, for whoever is active here and now."""
+        names, rows = self.session.choice()
+        if rows is None:
+            return self._stacked(call, bare, names, x, args, kwargs)
+        return by_rows(rows, lambda row, x, *a, **k: self._stacked(call, bare, (row,), x, a, k), (x, *args), kwargs)
 
     def _stacked(
-        self, call: Callable[..., Tensor], host_is_bare: bool, names: Sequence[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, call: Callable[..., Tensor], bare: bool, names: Sequence[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         names = self.here(names)
         if names == self.merged:
             return call(x, *args, **kwargs)
-        inner = self.inner(call, args, kwargs)
-        if not host_is_bare:
-            inner.dense = None
+        inner = self.inner(call, bare, args, kwargs)
         for name in names:
             inner = inner.then(self.adapters[name])
         return inner(x)
 
     def fold(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Weight ``(*batch, out, in)`` and bias with these adapters in them, in full precision."""
-        w, b = self.base()
+        w, b = self.site.read()
         w, b = full(w), None if b is None else full(b)
         for name in self.here(names):
             p = self.adapters[name]
@@ -270,25 +261,17 @@ class Place:
             w, b = self.fold(names)
         if check and not (w.isfinite().all() and (b is None or b.isfinite().all())):
             raise ValueError(f"Merging {', '.join(names)} gives weights of {self.path!r} that are not finite; the adapter seems broken.")
-        m, site = self.site.module, self.site
-        if self.kept is None:
-            self.kept = m._parameters.get(site.name), site.bias()
-        site.write(w, self.kept[1] if b is None else b)
+        self.site.replace(w, b)
         self.merged = names
 
     def unmerge(self) -> None:
-        """Put the host's own tensors back: the very same ones, to the bit."""
-        if self.kept is None:
-            return
-        m, site = self.site.module, self.site
-        m._parameters[site.name] = self.kept[0]
-        if site.bias_name is not None and (site.bias_name in m._parameters or self.kept[1] is not None):
-            m._parameters[site.bias_name] = self.kept[1]
-        self.kept, self.merged = None, ()
+        """Put the host's own tensors back."""
+        self.site.restore()
+        self.merged = ()
 
     def settle(self) -> None:
         """Make what is merged the host's own."""
-        self.kept, self.merged = None, ()
+        self.site.kept, self.merged = None, ()
 
 
 class Retrained:
@@ -370,6 +353,8 @@ def by_rows(rows: Sequence[str], run: Callable[..., Any], args: tuple[Any, ...],
     Raises:
         ValueError: the batch is no multiple of the rows that were named.
     """
+    if len(set(rows)) == 1:
+        return run(rows[0], *args, **kwargs)
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim]
     size = tensors[0].shape[0]
     if size % len(rows):
@@ -483,9 +468,9 @@ def _take_over_hook(module: nn.Module) -> None:
     """A forward that someone put on the instance goes on to run: around ours (accelerate's hooks) or inside it."""
     own = vars(module)
     if "_old_forward" in own:
-        module._old_forward = types.MethodType(Inlaid.forward, module)
+        own["_old_forward"] = types.MethodType(Inlaid.forward, module)
     elif "forward" in own:
-        module._host_forward = own.pop("forward")
+        own["_host_forward"] = own.pop("forward")
 
 
 def lift(module: nn.Module, name: str) -> None:
@@ -502,9 +487,9 @@ def lift(module: nn.Module, name: str) -> None:
     module.__class__ = host
     del own["_inlay"], module._modules["adapters"]
     if "_old_forward" in own:
-        module._old_forward = types.MethodType(host.forward, module)
+        own["_old_forward"] = types.MethodType(host.forward, module)
     if "_host_forward" in own:
-        module.forward = own.pop("_host_forward")
+        own["forward"] = own.pop("_host_forward")
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -514,9 +499,9 @@ def bare(module: nn.Module) -> nn.Module:
     own = {k: v for k, v in vars(module).items() if k not in ("_inlay", "_host_forward")}
     twin.__dict__ = own | {"_modules": {n: m for n, m in module._modules.items() if n != "adapters"}}
     if "_old_forward" in own:
-        twin._old_forward = types.MethodType(host.forward, twin)
+        twin.__dict__["_old_forward"] = types.MethodType(host.forward, twin)
     if "_host_forward" in vars(module):
-        twin.forward = vars(module)["_host_forward"]
+        twin.__dict__["forward"] = vars(module)["_host_forward"]
     return twin
 
 

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .inlaid import Adapter, Inner
 
 Init = Callable[[Tensor, torch.Generator], Any]
+Config = TypeVar("Config", bound=type[PeftConfig])
 
 
 # ---- parameters ---------------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def generator_for(seed: int | None, *path: str) -> torch.Generator:
 METHODS: dict[str, type[Method]] = {}
 
 
-def register(cls: type[PeftConfig]) -> type[PeftConfig]:
+def register(cls: Config) -> Config:
     """Class decorator: make a configuration known by its ``peft_type``. A method becomes part of every table and every test."""
     name = cls.__dataclass_fields__["peft_type"].default  # type: ignore[attr-defined]
     CONFIGS[str(name)] = cls
@@ -218,7 +219,7 @@ class Method(PeftConfig):
     def become(self, cls: type[Method]) -> Method:
         """The same fields under the mathematics of another class."""
         other = copy.copy(self)
-        other.__class__ = cls
+        other.__class__ = cls  # type: ignore[assignment]
         return other
 
     def start(self, p: Adapter) -> None:

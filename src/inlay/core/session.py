@@ -68,10 +68,11 @@ class Session:
         Raises:
             ValueError: one of them is no adapter of this model.
         """
+        names = tuple(names)
         for name in names:
             if name not in self.configs:
                 raise ValueError(f"Adapter {name!r} not found.{nearest(name, self.configs)} Loaded: {', '.join(self.configs) or 'none'}.")
-        return tuple(names)
+        return names
 
     def forget(self, name: str) -> None:
         """Let an adapter be neither active nor trained any more. As in HF peft, where none is left active the first other one is."""

@@ -56,6 +56,10 @@ class Site:
     """
 
     reads = False
+    # Hosts are of many types; each layout knows the attributes of its own.
+    module: Any
+    # The host's own weight and bias while others are in their place.
+    kept: tuple[nn.Parameter | None, nn.Parameter | None] | None = None
 
     def __init__(self, module: nn.Module, name: str = "weight", bias_name: str | None = "bias") -> None:
         self.module, self.name, self.bias_name = module, name, bias_name
@@ -121,19 +125,47 @@ class Site:
         return self.store.dtype(self.module, self.name)
 
     def bias(self) -> Tensor | None:
+        """The host's own bias, also while adapters are merged."""
+        if self.kept is not None:
+            return self.kept[1]
         return self.module._parameters.get(self.bias_name) if self.bias_name else None
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        """The weight as a matrix, and the bias."""
+        """The host's own weight as a matrix and its bias, also while adapters are merged."""
+        if self.kept is not None:
+            return self.matrix(self.store.read_tensor(self.kept[0])), self.kept[1]  # type: ignore[arg-type]
         return self.matrix(self.store.read(self.module, self.name)), self.bias()
 
-    def write(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Put another weight and bias in the place of the host's, as new tensors: what was there is not written to."""
+    def replace(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Put another weight and bias in the place of the host's, whose own tensors are kept as they are for `restore`.
+
+        Args:
+            weight: ``(*batch, out, in)``, any floating dtype; it is rounded once.
+            bias: ``(channels,)`` or None.
+
+        Raises:
+            TypeError: the host computes its weight and has none that could be replaced.
+        """
+        own = self.module._parameters
+        if self.name not in own:
+            raise TypeError(
+                f"The {self.name} of this {type(self.module).__name__} is computed (parametrized); make it plain before merging."
+            )
+        if self.kept is None:
+            self.kept = own[self.name], own.get(self.bias_name) if self.bias_name else None
         self.store.write(self.module, self.name, self.raw(weight))
-        old = self.bias()
-        if bias is not old and self.bias_name:
-            data = None if bias is None else bias.detach().to(self.dtype)
-            self.module._parameters[self.bias_name] = None if data is None else nn.Parameter(data, requires_grad=False)
+        if self.bias_name and bias is not self.kept[1]:
+            own[self.bias_name] = None if bias is None else nn.Parameter(bias.detach().to(self.dtype), requires_grad=False)
+
+    def restore(self) -> None:
+        """Put the host's own tensors back: the very same ones, to the bit."""
+        if self.kept is None:
+            return
+        own = self.module._parameters
+        own[self.name] = self.kept[0]
+        if self.bias_name and self.bias_name in own:
+            own[self.bias_name] = self.kept[1]
+        self.kept = None
 
     # ---- the operator -------------------------------------------------------------------------------------------------
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Site:
@@ -177,7 +209,8 @@ class TransposedLinear(Site):
     def matrix(self, raw: Tensor) -> Tensor:
         return raw.mT
 
-    raw = matrix
+    def raw(self, matrix: Tensor) -> Tensor:
+        return matrix.mT
 
 
 @layout(nn.Embedding)
@@ -345,7 +378,8 @@ class Stack(Read):
     def matrix(self, raw: Tensor) -> Tensor:
         return raw.mT if self._transposed else raw
 
-    raw = matrix
+    def raw(self, matrix: Tensor) -> Tensor:
+        return self.matrix(matrix)
 
     def in_file(self, axes: tuple[str | int, ...], tensor: Tensor) -> Tensor:
         if len(axes) != 2 or tensor.ndim != 3:

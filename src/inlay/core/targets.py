@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,11 @@ class Target:
     site: Site
     in_file: str = ""
 
+    @property
+    def name(self) -> str:
+        """What patterns of the configuration are matched against."""
+        return self.path if self.site.name == "weight" else f"{self.path}.{self.site.name}"
+
 
 @dataclass
 class Explanation:
@@ -97,7 +102,7 @@ def explain_targets(model: nn.Module, config: Method) -> Explanation:
         model: any module; a model that has adapters already is looked at as if it had none.
         config: the configuration of a method on weights.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = bare_model(model)
     config.prepare(architecture(model))
     found = Explanation()
     modules = base_modules(model)
@@ -166,20 +171,27 @@ def _shown(wanted: Any) -> str:
     return str(sorted(wanted)) if isinstance(wanted, (set, list)) else repr(wanted)
 
 
+def bare_model(model: nn.Module) -> nn.Module:
+    """What a `PeftModel` wraps; other models are themselves."""
+    get: Any = getattr(model, "get_base_model", None)
+    return model if get is None else get()
+
+
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules of the model, without those of its adapters."""
-    found: list[tuple[str, nn.Module]] = []
-    inside: list[str] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if inside and path.startswith(inside[-1]):
-            continue
-        if isinstance(module, Inlaid):
-            inside.append(f"{path}.adapters" if path else "adapters")
-        found.append((path, module))
-    return found
+    found: dict[nn.Module, str] = {}
+
+    def walk(path: str, module: nn.Module) -> None:
+        found[module] = path
+        for name, child in module._modules.items():
+            if child is not None and child not in found and not (name == "adapters" and isinstance(module, Inlaid)):
+                walk(f"{path}.{name}" if path else name, child)
+
+    walk("", model)
+    return [(path, module) for module, path in found.items()]
 
 
-def effective_targets(model: nn.Module, config: Method) -> set[str] | str:
+def effective_targets(model: nn.Module, config: Method) -> Collection[str]:
     """``target_modules`` with defaults and ``"all-linear"`` resolved.
 
     Raises:
@@ -218,7 +230,7 @@ def _all_linear(model: nn.Module, config: Method) -> set[str]:
     return names
 
 
-def _hit(wanted: set[str] | list[str] | str, path: str) -> str | None:
+def _hit(wanted: Collection[str], path: str) -> str | None:
     """The pattern that means this module."""
     if isinstance(wanted, str):
         return wanted if re.fullmatch(wanted, path) else None
@@ -252,18 +264,28 @@ def _outside_layers(config: Method, path: str) -> str | None:
     return None if int(match[1]) in indices else f"block {match[1]} is not in layers_to_transform"
 
 
+def site_at(module: nn.Module, name: str = "weight") -> Site | None:
+    """The site of a module's weight: the one that adapters sit at already, or a new one."""
+    place = module.__dict__.get("_inlay", {}).get(name)
+    return site_of(module) if place is None else place.site
+
+
+def _known(module: nn.Module, name: str, new: Site) -> Site:
+    place = module.__dict__.get("_inlay", {}).get(name)
+    return new if place is None else place.site
+
+
 def _sites(module: nn.Module, modules_by_name: dict[str, nn.Module], path: str) -> list[Target]:
     parent_path, _, child = path.rpartition(".")
     parent = modules_by_name.get(parent_path)
     if isinstance(module, nn.MultiheadAttention):
         return _attention(module, path)
-    site = site_of(module)
+    site = site_at(module)
     if site is None:
         return []
     for cls, children in READ_BY_PARENT.items():
         if isinstance(parent, cls) and child in children and not site.reads:
-            bias = "bias" if module._parameters.get("bias") is not None else None
-            site = Read(module, "weight", bias)
+            site = Read(module)
     return [Target(path, site)]
 
 
@@ -271,8 +293,9 @@ def _attention(module: nn.MultiheadAttention, path: str) -> list[Target]:
     """An attention of torch: its packed (or separate) projections, and the one behind it."""
     packed = module.in_proj_weight is not None
     names = ["in_proj_weight"] if packed else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-    targets = [Target(path, Read(module, n, "in_proj_bias" if packed else None), path if packed else f"{path}.{n}") for n in names]
-    out = Read(module.out_proj, "weight", "bias" if module.out_proj.bias is not None else None)
+    bias = "in_proj_bias" if packed else None
+    targets = [Target(path, _known(module, n, Read(module, n, bias)), path if packed else f"{path}.{n}") for n in names]
+    out = _known(module.out_proj, "weight", Read(module.out_proj, "weight", "bias"))
     return [*targets, Target(f"{path}.out_proj", out, f"{path}.base_layer.out_proj")]
 
 
@@ -290,7 +313,7 @@ def _parameters(modules: Iterable[tuple[str, nn.Module]], config: Method, found:
                 hit.add(pattern)
                 own.append((name, full_name))
         for i, (name, full_name) in enumerate(own):
-            site = Stack(module, name)
+            site = _known(module, name, Stack(module, name))
             if len(site.raw_shape) not in (2, 3):
                 found.refused[full_name] = f"a parameter of shape {tuple(site.raw_shape)} is neither a matrix nor a stack of matrices"
                 continue
@@ -304,7 +327,7 @@ def _parameters(modules: Iterable[tuple[str, nn.Module]], config: Method, found:
 
 
 def _check_patterns(
-    config: Method, wanted: set[str] | str, hit: set[str], parameters: set[str], names: list[str], found: Explanation
+    config: Method, wanted: Collection[str], hit: set[str], parameters: set[str], names: list[str], found: Explanation
 ) -> None:
     """Collect every pattern that means nothing, with what may have been meant."""
     ends = {n.rpartition(".")[2] for n in names if n} | set(names)
@@ -338,4 +361,14 @@ def tied_paths(model: nn.Module) -> dict[str, str]:
     return {p: source for p, m in found if m is not embedding} if source is not None else {}
 
 
-__all__ = ["ALL_LINEAR", "DEFAULT_TARGETS", "Embedding", "Explanation", "NoMatchingPeftModuleError", "Norm", "Target", "explain_targets", "find_targets"]
+__all__ = [
+    "ALL_LINEAR",
+    "DEFAULT_TARGETS",
+    "Embedding",
+    "Explanation",
+    "NoMatchingPeftModuleError",
+    "Norm",
+    "Target",
+    "explain_targets",
+    "find_targets",
+]

@@ -116,7 +116,7 @@ class TunerLayer(nn.Module):
         """What the adapter adds to the weight, in the host's own shape."""
         site = self._place.site  # type: ignore[union-attr]
         with torch.no_grad():
-            return site.raw(self._place.fold((adapter,))[0] - self._place.base()[0])  # type: ignore[union-attr]
+            return site.raw(self._place.fold((adapter,))[0] - self._place.site.read()[0])  # type: ignore[union-attr]
 
     # -- strength --
     def _each(self, names: Sequence[str]) -> Iterator[Any]:

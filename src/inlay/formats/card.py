@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..core.config import PEFT_VERSION, PeftConfig
+from ..core.targets import bare_model
 from .folder import CARD_NAME, Staged
 
 _TEXT = """
@@ -38,24 +39,25 @@ def write_card(folder: Path, model: nn.Module, config: PeftConfig) -> None:
     from huggingface_hub import ModelCard
 
     path = folder / CARD_NAME
-    base_model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base_model: Any = bare_model(model)
     name = config.base_model_name_or_path or getattr(base_model, "name_or_path", None)
     if path.exists():
         card = ModelCard.load(path)
     else:
         text = _TEXT.format(title=folder.name or "Adapter", method=config.peft_type, base=name or "a base of its own", version=PEFT_VERSION)
         card = ModelCard(f"---\nlibrary_name: peft\n---\n{text}", ignore_metadata_errors=True)
-    tags = {*(card.data.tags or ()), *(getattr(base_model, "model_tags", None) or ())}
+    data: Any = card.data
+    tags = {*(data.tags or ()), *(getattr(base_model, "model_tags", None) or ())}
     if hasattr(base_model, "config"):
         tags.add("transformers")
     if config.peft_type == "LORA":
         tags.add("lora")
     if name:
-        card.data.base_model = name
+        data.base_model = name
         tags.add(f"base_model:adapter:{name}")
-    card.data.library_name = "peft"
-    card.data.tags = sorted(tags)
-    if config.task_type == "CAUSAL_LM" and not card.data.pipeline_tag:
-        card.data.pipeline_tag = "text-generation"
+    data.library_name = "peft"
+    data.tags = sorted(tags)
+    if config.task_type == "CAUSAL_LM" and not data.pipeline_tag:
+        data.pipeline_tag = "text-generation"
     with Staged(folder) as staged:
         staged.write(CARD_NAME, lambda p: p.write_text(str(card), encoding="utf-8"))

@@ -33,7 +33,7 @@ def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k in known and v is not None}
 
 
-def locate(source: str | Path, filename: str, *, subfolder: str | None = None, **hub: Any) -> Path:
+def locate(source: str | os.PathLike[str], filename: str, *, subfolder: str | None = None, **hub: Any) -> Path:
     """A file of a local folder, or of a repository on a hub.
 
     Raises:
@@ -69,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def weight_files(source: str | Path, *, subfolder: str | None = None, allow_pickle: bool = False, **hub: Any) -> list[Path]:
+def weight_files(source: str | os.PathLike[str], *, subfolder: str | None = None, allow_pickle: bool = False, **hub: Any) -> list[Path]:
     """The files that hold an adapter's tensors: one, the shards of an index, or (on request) a pickle.
 
     Raises:

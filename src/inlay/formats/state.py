@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.attach import Biases, Part
 from ..core.config import nearest
 from ..core.inlaid import Adapter, Place, Retrained, host_of, places
 from ..core.method import LowRank, Param
+from ..core.plan import Biases, Part
 from ..core.session import Session
 from ..core.site import Site
 from ..core.targets import base_modules, tied_paths
@@ -149,8 +149,9 @@ def _of_tied_ends(model: nn.Module, name: str) -> dict[str, Tensor]:
     found = {}
     for place in places(model):
         p = place.adapters.get(name)
-        if isinstance(p, Adapter) and isinstance(p.method, Tied) and isinstance(p.method.source.method, LowRank):
-            a, b = p.method.source.method.factors(p.method.source)
+        source = p.method.source if isinstance(p, Adapter) and isinstance(p.method, Tied) else None
+        if source is not None and isinstance(source.method, LowRank):
+            a, b = source.method.factors(source)
             found |= {f"{place.path}.lora_A.weight": b.mT, f"{place.path}.lora_B.weight": a.mT}
     return found
 
@@ -167,14 +168,16 @@ def _said_twice(model: nn.Module, key: str, given: Mapping[str, tuple[str, Tenso
     return False
 
 
-def _finder(state_dict: Mapping[str, Tensor] | None):  # noqa: ANN202
+def _finder(state_dict: Mapping[str, Tensor] | None):
     if state_dict is None:
         return lambda slot: slot.tensor
     clean = {_bare(k): t for k, t in state_dict.items()}
 
     def find(slot: Slot) -> Tensor:
         if slot.live not in clean:
-            raise ValueError(f"The given state_dict lacks {slot.live!r}.{nearest(slot.live, clean)} Was it gathered from the adapted model?")
+            raise ValueError(
+                f"The given state_dict lacks {slot.live!r}.{nearest(slot.live, clean)} Was it gathered from the adapted model?"
+            )
         return clean[slot.live]
 
     return find
@@ -264,7 +267,9 @@ class AdapterMismatch(ValueError):
         self.report = report
 
 
-def compare(found: Sequence[Slot], model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> tuple[list[tuple[Slot, Tensor]], list[tuple[nn.Module, Tensor]], LoadReport]:
+def compare(
+    found: Sequence[Slot], model: nn.Module, tensors: Mapping[str, Tensor], name: str
+) -> tuple[list[tuple[Slot, Tensor]], list[tuple[nn.Module, Tensor]], LoadReport]:
     """Match a file's tensors to an adapter's; nothing is changed.
 
     Returns:
@@ -315,7 +320,7 @@ def _file_key(key: str) -> str:
 
 def _with_name(key: str, name: str) -> str:
     """The key as it is in a live state dict of HF: with the adapter's name behind the tensor's."""
-    head, dot, leaf = key.rpartition(".")
+    head, _, leaf = key.rpartition(".")
     if leaf in ("weight", "bias") and re.search(r"(lora|vera|oft|hra|ia3|boft|hada|lokr)_\w+$", head):
         return f"{head}.{name}.{leaf}"
     return f"{key}.{name}"
@@ -356,4 +361,16 @@ def warn_of(report: LoadReport) -> None:
         warnings.warn(f"The adapter's file does not fit everywhere: {report}", stacklevel=3)
 
 
-__all__ = ["PREFIX", "AdapterMismatch", "LoadReport", "Retrained", "Slot", "adapter_tensors", "compare", "fill", "slots_of_model", "slots_of_parts", "warn_of"]
+__all__ = [
+    "PREFIX",
+    "AdapterMismatch",
+    "LoadReport",
+    "Retrained",
+    "Slot",
+    "adapter_tensors",
+    "compare",
+    "fill",
+    "slots_of_model",
+    "slots_of_parts",
+    "warn_of",
+]

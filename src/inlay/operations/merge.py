@@ -68,7 +68,7 @@ def unmerge(model: nn.Module) -> None:
 
 def unload(model: nn.Module, session: Session, keep_merged: bool) -> nn.Module:
     """Take all adapters out of a model; what is merged stays in the weights if ``keep_merged``."""
-    had_ties = bool(tied_paths(model)) or any(p.kept for p in places(model) if isinstance(p, Place))
+    had_ties = bool(tied_paths(model)) or any(p.merged for p in places(model))
     for place in list(places(model)):
         if keep_merged:
             place.settle()

@@ -1,0 +1,56 @@
+"""The public names and where each lives: read by type checkers, and by ``__init__.py``, which loads a name when it is first used."""
+
+from .auto import AutoPeftModel as AutoPeftModel
+from .auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from .auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from .auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+from .auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from .auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+from .auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from .core.config import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
+from .core.config import PeftConfig as PeftConfig
+from .core.config import PeftType as PeftType
+from .core.config import PromptLearningConfig as PromptLearningConfig
+from .core.config import TaskType as TaskType
+from .core.method import METHODS as METHODS
+from .core.method import Additive as Additive
+from .core.method import LowRank as LowRank
+from .core.method import Method as Method
+from .core.method import Param as Param
+from .core.method import register as register
+from .core.targets import Explanation as Explanation
+from .core.targets import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+from .core.targets import explain_targets as explain_targets
+from .formats.state import AdapterMismatch as AdapterMismatch
+from .formats.state import LoadReport as LoadReport
+from .methods.hra import HRAConfig as HRAConfig
+from .methods.ia3 import IA3Config as IA3Config
+from .methods.lora import LoraConfig as LoraConfig
+from .methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
+from .methods.oft import OFTConfig as OFTConfig
+from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
+from .methods.vera import VeraConfig as VeraConfig
+from .model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from .model import PeftMixedModel as PeftMixedModel
+from .model import PeftModel as PeftModel
+from .model import PeftModelForCausalLM as PeftModelForCausalLM
+from .model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from .model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from .model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from .model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from .model import PeftModelForTokenClassification as PeftModelForTokenClassification
+from .model import cast_mixed_precision_params as cast_mixed_precision_params
+from .model import delete_adapter as delete_adapter
+from .model import get_peft_config as get_peft_config
+from .model import get_peft_model as get_peft_model
+from .model import get_peft_model_state_dict as get_peft_model_state_dict
+from .model import inject_adapter_in_model as inject_adapter_in_model
+from .model import load_peft_weights as load_peft_weights
+from .model import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from .model import set_peft_model_state_dict as set_peft_model_state_dict
+from .prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+from .prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
+from .status import get_layer_status as get_layer_status
+from .status import get_model_status as get_model_status
+
+__version__: str

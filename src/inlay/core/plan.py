@@ -1,0 +1,263 @@
+"""What an adapter consists of, found out and built beside the model, which is not touched.
+
+A configuration means more than its targets: modules to retrain as a whole, single tokens, biases, and the other end of tied
+weights. Each becomes a `Part`; `attach` sets the parts in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import PeftConfig, nearest
+from .inlaid import Adapter, Inlaid, Inner
+from .method import Method, Param
+from .site import Read, Site
+from .targets import Target, architecture, base_modules, find_targets, site_at, tied_paths
+from .tied import Tied
+
+# The classes for classification name both of these, of which a model has one.
+HEADS = ("classifier", "score")
+
+
+@dataclass
+class Part:
+    """One adapter at one place, built and not yet in the model.
+
+    Attributes:
+        path: the host's name in the model.
+        site: None where the whole module is retrained.
+        in_file: what a file calls the host.
+    """
+
+    path: str
+    module: nn.Module
+    site: Site | None
+    adapter: nn.Module
+    in_file: str
+
+    @property
+    def key(self) -> str:
+        """The name of its place in the host."""
+        return "" if self.site is None else self.site.name
+
+
+class Biases(Method):
+    """Retrains a bias and leaves the weight alone; what ``bias="all"`` puts on layers that are not adapted."""
+
+    def params(self, site: Site) -> dict[str, Param]:
+        return {}
+
+    def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return w, b
+
+    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        return inner(x)
+
+
+def adapter_dtype(base: torch.dtype, autocast_adapter_dtype: bool) -> torch.dtype:
+    """The policy: the base's dtype; float32 in place of half precision (unless told otherwise) and of what cannot be trained."""
+    trainable = base.is_floating_point and base.itemsize > 1
+    half = base in (torch.float16, torch.bfloat16)
+    return torch.float32 if not trainable or (half and autocast_adapter_dtype) else base
+
+
+class Plan:
+    """Builds the parts of one adapter.
+
+    Args:
+        model: the model that the parts are for.
+        config: the adapter's configuration.
+        on_meta: allocate nothing.
+        autocast_adapter_dtype: see `adapter_dtype`.
+    """
+
+    def __init__(self, model: nn.Module, config: PeftConfig, on_meta: bool, autocast_adapter_dtype: bool) -> None:
+        self.model, self.config, self.on_meta, self.autocast = model, config, on_meta, autocast_adapter_dtype
+        self.modules = dict(base_modules(model))
+        self.tied = tied_paths(model)
+        self.follows_ties = bool(getattr(config, "ensure_weight_tying", False))
+
+    def parts(self, only: Collection[str] | None = None) -> list[Part]:
+        """All parts; those on weights only at the modules named in ``only``, if it is given.
+
+        Raises:
+            ValueError: the configuration asks for something that is not there or cannot be.
+        """
+        retrained = self._retrained()
+        if not isinstance(self.config, Method):
+            return retrained
+        adapted = self._adapted(self.config, only)
+        if self.follows_ties:
+            adapted += self._other_ends(adapted)
+        adapted += self._tokens(self.config, adapted)
+        biases = self._biases([*adapted, *retrained]) if self.config.bias == "all" else []
+        return [*adapted, *biases, *retrained]
+
+    def _site(self, path: str) -> Site | None:
+        return site_at(self.modules[path])
+
+    def _adapter(
+        self, method: Method, site: Site, path: str, *, bank: nn.Module | None = None, owns_bank: bool = False, bias: bool = False
+    ) -> Adapter:
+        device = torch.device("meta") if self.on_meta else site.device
+        dtype = adapter_dtype(site.dtype, self.autocast)
+        adapter = Adapter(method, site, path, dtype=dtype, device=device, shared=bank, owns_shared=owns_bank, train_bias=bias)
+        if not self.on_meta:
+            method.start(adapter)
+        return adapter
+
+    # -- the method at its targets --
+    def _adapted(self, config: Method, only: Collection[str] | None) -> list[Part]:
+        config.prepare(architecture(self.model))
+        if only is None:
+            targets = find_targets(self.model, config)
+        else:
+            targets = [Target(p, s) for p in self.modules if p in only and (s := self._site(p)) is not None]
+        if self.follows_ties:
+            targets = self._sources_of_ties(targets)
+        bank = config.shared([t.site for t in targets]) if targets else None
+        parts = []
+        for target in targets:
+            method, site = config.at(target.name), target.site
+            owns_bank = bank is not None and not parts
+            adapter = self._adapter(method, site, target.path, bank=bank, owns_bank=owns_bank, bias=config.bias != "none")
+            parts.append(Part(target.path, site.module, site, adapter, target.in_file or target.path))
+        return parts
+
+    def _sources_of_ties(self, targets: list[Target]) -> list[Target]:
+        """Targets at either end of a tie become one at the source."""
+        meant = {t.path for t in targets}
+        missing = {source for end, source in self.tied.items() if end in meant} - meant
+        kept = [t for t in targets if t.path not in self.tied]
+        return kept + [Target(p, s) for p in sorted(missing) if (s := self._site(p)) is not None]
+
+    def _other_ends(self, parts: list[Part]) -> list[Part]:
+        """The heads that share the weight of an adapted embedding."""
+        by_path = {part.path: part.adapter for part in parts}
+        found = []
+        for path, source in self.tied.items():
+            site = self._site(path)
+            if source in by_path and path not in by_path and site is not None:
+                tie = Tied(source=by_path[source])  # type: ignore[arg-type]
+                found.append(Part(path, self.modules[path], site, self._adapter(tie, site, path), path))
+        return found
+
+    # -- what stands beside the method --
+    def _tokens(self, config: Method, adapted: list[Part]) -> list[Part]:
+        """Rows of embeddings that are retrained (``trainable_token_indices``)."""
+        from ..methods.trainable_tokens import TrainableTokensConfig
+
+        wanted = config.trainable_token_indices
+        if not wanted:
+            return []
+        if not isinstance(wanted, dict):
+            embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
+            wanted = {next((p for p, m in self.modules.items() if m is embedding), "embed_tokens"): wanted}
+        taken = {part.path for part in adapted}
+        found: list[Part] = []
+        for pattern, indices in wanted.items():
+            for path in self._named(pattern, "trainable_token_indices"):
+                site = self._site(path)
+                if site is None or path in taken:
+                    why = "is no embedding" if site is None else "is adapted already; choose one of the two"
+                    raise ValueError(f"trainable_token_indices: {path!r} {why}.")
+                if self.tied.get(path) in {part.path for part in found}:
+                    continue
+                method = TrainableTokensConfig(token_indices=list(indices), as_part=True)
+                reason = method.refuses(site)
+                if reason:
+                    raise ValueError(f"trainable_token_indices: {path!r}: {reason}.")
+                found.append(Part(path, self.modules[path], site, self._adapter(method, site, path), f"{path}.token_adapter"))
+        return found + self._other_ends(found)
+
+    def _biases(self, taken: list[Part]) -> list[Part]:
+        """The biases of all layers that no other part has (``bias="all"``)."""
+        hosts = {id(m) for part in taken for m in (part.module.modules() if part.site is None else (part.module,))}
+        found = []
+        for path, module in self.modules.items():
+            own = module._parameters
+            if id(module) not in hosts and own.get("bias") is not None and own.get("weight") is not None:
+                site = self._site(path) or Read(module)
+                found.append(Part(path, module, site, self._adapter(Biases(), site, path, bias=True), path))
+        return found
+
+    def _retrained(self) -> list[Part]:
+        """Copies of whole modules (``modules_to_save``). Tied ones stay one weight, if that was asked for."""
+        wanted = getattr(self.config, "modules_to_save", None) or ()
+        paths = [p for w in wanted for p in self._named(w, "modules_to_save", required=w not in HEADS)]
+        if self.follows_ties:
+            paths += [end for end, source in self.tied.items() if source in paths]
+            paths += [source for end, source in self.tied.items() if end in paths]
+        found: dict[str, Part] = {}
+        for path in dict.fromkeys(paths):
+            if any(path.startswith(f"{other}.") for other in paths):
+                continue
+            copied = pristine_copy(self.modules[path], torch.device("meta") if self.on_meta else None)
+            for q in copied.parameters():
+                if q.is_floating_point():
+                    q.data = q.data.to(adapter_dtype(q.dtype, self.autocast))
+                q.requires_grad_(q.is_floating_point())
+            found[path] = Part(path, self.modules[path], None, copied, path)
+        if self.follows_ties:
+            for end, source in self.tied.items():
+                if end in found and source in found:
+                    found[end].adapter._parameters["weight"] = found[source].adapter._parameters["weight"]
+        return list(found.values())
+
+    def _named(self, name: str, option: str, required: bool = True) -> list[str]:
+        """The modules that a suffix means.
+
+        Raises:
+            ValueError: there are none, and there should be.
+        """
+        found = [p for p in self.modules if p and (p == name or p.endswith(f".{name}"))]
+        if required and not found:
+            raise ValueError(f"{option}: no module {name!r}.{nearest(name, {p.rpartition('.')[2] for p in self.modules})}")
+        return found
+
+
+def pristine_copy(module: nn.Module, device: torch.device | None = None) -> nn.Module:
+    """A copy of a module as it was before any adapter.
+
+    Args:
+        device: leave the copy's tensors there without values (the meta device).
+
+    Raises:
+        ValueError: something inside it has adapters of its own.
+    """
+    own = [(n, m) for n, m in module.named_modules() if n != "adapters" and not n.startswith("adapters.")]
+    adapted = next((n for n, m in own if isinstance(m, Inlaid) and m is not module), None)
+    if adapted is not None:
+        raise ValueError(f"modules_to_save would copy {adapted!r}, which has adapters itself; load them in one configuration.")
+    memo: dict[int, object] = {}
+    if isinstance(module, Inlaid):
+        memo[id(module._inlay)] = {}
+        memo[id(module._modules["adapters"])] = nn.ModuleDict()
+    if device is not None:
+        for t in [*module.parameters(), *module.buffers()]:
+            empty = torch.empty_like(t, device=device)
+            memo[id(t)] = nn.Parameter(empty) if isinstance(t, nn.Parameter) else empty
+    copied = copy.deepcopy(module, memo)
+    if isinstance(copied, Inlaid):
+        copied.__class__ = type(module)._host  # type: ignore[attr-defined]
+        del copied.__dict__["_inlay"], copied._modules["adapters"]
+    return copied
+
+
+def materialise(part: Part) -> None:
+    """Memory and initial values for what no file had."""
+    if isinstance(part.adapter, Adapter):
+        part.adapter.materialise()
+        return
+    for path, copied in part.adapter.named_modules():
+        host = part.module.get_submodule(path)
+        for table, own in ((copied._parameters, host._parameters), (copied._buffers, host._buffers)):
+            for key, tensor in table.items():
+                if tensor is not None and tensor.device.type == "meta":
+                    value = own[key].detach().to(tensor.dtype, copy=True)  # type: ignore[union-attr]
+                    table[key] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value  # type: ignore[assignment]
