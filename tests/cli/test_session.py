@@ -105,7 +105,7 @@ def test_settings_come_from_yaml_and_flags_win(session: Any) -> None:
         ("bad row", r"bad\.jsonl:3: not valid JSON"),
         ("bad value", "--r many: input should be a valid integer"),
         ("no target", "q_prj"),
-        ("too short", "no answer token is left within --max-length 8; raise it"),
+        ("too short", "no answer token is left within 8 tokens; raise --max-length"),
         ("compare nothing", "give --data held_out.jsonl, or --prompt"),
         ("inspect nothing", "rum: no such folder. Did you mean run?"),
         ("merge again", "exists already; name a new folder"),

@@ -71,6 +71,30 @@ def test_a_token_across_the_border_is_split_there() -> None:
     assert row.input_ids[:21] == tokenizer(prompt, add_special_tokens=False)["input_ids"]  # as a server would encode the prompt
 
 
+def test_tokenizers_that_mark_spaces_or_change_letters_are_masked_the_same() -> None:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+    )
+    corpus = ["Say 1. It is 1. [INST] [/INST] the quick brown Fox </s>"]
+    spaces = Tokenizer(models.BPE(unk_token="<unk>"))
+    spaces.pre_tokenizer, spaces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    spaces.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=100, special_tokens=["<unk>", "</s>"], show_progress=False))
+    pieces = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    pieces.normalizer, pieces.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
+    pieces.decoder = decoders.WordPiece()
+    pieces.train_from_iterator(corpus, trainers.WordPieceTrainer(vocab_size=100, special_tokens=["<unk>", "</s>"], show_progress=False))
+    for raw, wanted in ((spaces, "It is 1 ? </s>Fox</s>"), (pieces, "it is 1 ? </s>fox</s>")):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>", pad_token="</s>")
+        tokenizer.chat_template = template
+        row, _ = Encoder(tokenizer).encode(dialogue("Say 1.", "It is 1 漢", "The quick?", "Fox"))  # one character is unknown
+        assert "".join(trained_text(tokenizer, row).replace("<unk>", "?").split()) == "".join(wanted.split())
+        assert row.labels[-1] == tokenizer.eos_token_id
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_sample_named() -> None:
     encoder = Encoder(make_tokenizer(FORGETFUL))
     assert encoder.encode(dialogue("a", "one"))[0].trained == len("<think></think>one") + 1

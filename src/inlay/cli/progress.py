@@ -42,11 +42,13 @@ class Screen(Listener):
         if validation["rows"]:
             how = "kept aside" if facts["kept_aside"] else "from --val"
             self.screen.print(f"{validation['rows']:,} rows {how} for validation")
+        else:
+            self.screen.print("no validation: all rows are trained on (--val-fraction or --val sets some aside)")
         for name, part in (("training", train), ("validation", validation)):
             if part["cut_rows"]:
-                self.note(f"{part['cut_rows']:,} {name} rows are longer than --max-length and were cut")
+                self.note(f"{part['cut_rows']:,} {name} rows are longer than {facts['max_length']:,} tokens and were cut")
             if part["dropped_rows"]:
-                self.note(f"{part['dropped_rows']:,} {name} rows were left out: their answer starts beyond --max-length")
+                self.note(f"{part['dropped_rows']:,} {name} rows were left out: their answer starts beyond {facts['max_length']:,} tokens")
         self.screen.print("[dim]the first sample, with what is trained on in green:[/]")
         sample = Text()
         for text, trained in facts["sample"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,21 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", trust_remo
     return loaded.to(where) if place else loaded
 
 
+def context_length(model: str, trust_remote_code: bool = False) -> int:
+    """The most tokens the model was made for; a very large number when its config does not say.
+
+    Raises:
+        InputError: its config cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(locate(model), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--model {model}: {_why_not(error, model)}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def load_tokenizer(model: str, adapter: Path | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer, with a padding token. One beside the adapter comes first: it has the chat template that was trained on.
 
@@ -104,7 +120,7 @@ def load_tokenizer(model: str, adapter: Path | None = None, trust_remote_code: b
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"--model {model}: no tokenizer can be loaded from {source}: {_why_not(error, model)}") from error
+        raise InputError(f"--model {model}: its tokenizer cannot be loaded: {_why_not(error, model)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:

@@ -61,28 +61,33 @@ def train(settings: RunSettings, listener: Listener | None = None, command: Sequ
     folder = settings.output_folder()
     if is_main_process():
         _check_folder(folder, settings)
-    config = adapters.build_config(settings.method, settings.adapter | _seed(settings))
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every run to the hub otherwise
-    adapters.serve_peft()
-
-    tokenizer = models.load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
-    template = masking.apply_template_choice(tokenizer, settings.chat_template)
+    models.locate(settings.model)  # what is mistyped is said before anything heavy is imported
     rows = data.read(settings.data)
     training, validation = (
         (rows.samples, data.read(settings.val, "--val").samples)
         if settings.val
         else data.split(rows.samples, settings.val_fraction, settings.seed)
     )
+    config = adapters.build_config(settings.method, settings.adapter | _seed(settings))
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every run to the hub otherwise
+    adapters.serve_peft()
+
+    tokenizer = models.load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
+    template = masking.apply_template_choice(tokenizer, settings.chat_template)
     encoder = Encoder(tokenizer, settings.train_on)
-    train_set = encoder.encode_all(training, settings.max_length)
-    val_set = encoder.encode_all(validation, settings.max_length)
+    max_length = min(settings.max_length, models.context_length(settings.model, settings.trust_remote_code))
+    train_set = encoder.encode_all(training, max_length)
+    val_set = encoder.encode_all(validation, max_length)
     if not train_set.rows:
-        raise InputError(f"DATA {settings.data}: no answer token is left within --max-length {settings.max_length}; raise it.")
+        raise InputError(
+            f"DATA {settings.data}: no answer token is left within {max_length} tokens; raise --max-length or cut the prompts."
+        )
     facts = {
         "path": str(settings.data.resolve()),
         "sha256": rows.sha256,
         "schema": rows.schema,
         "chat_template": template,
+        "max_length": max_length,
         "train": train_set.summary(),
         "validation": val_set.summary(),
     }
