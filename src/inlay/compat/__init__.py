@@ -1,0 +1,1 @@
+"""Standing in for other libraries, under their names."""
