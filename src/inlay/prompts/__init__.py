@@ -1,1 +1,15 @@
-"""Methods that act on the inputs of the whole model."""
+"""Methods that act on the inputs of the whole model. One file a method; importing this package registers them all."""
+
+from __future__ import annotations
+
+from . import prompt_tuning
+from .adapters import attach_prompt, load_prompt, prompt_tensors, show_trainable
+from .method import PromptMethod
+from .prompt import Prompt
+from .running import forward_with_prompt, generate_with_prompt
+from .status import prompt_layer_status, prompt_model_status
+
+__all__ = [
+    "Prompt", "PromptMethod", "attach_prompt", "forward_with_prompt", "generate_with_prompt", "load_prompt", "prompt_layer_status",
+    "prompt_model_status", "prompt_tensors", "prompt_tuning", "show_trainable",
+]  # fmt: skip

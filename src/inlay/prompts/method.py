@@ -1,0 +1,104 @@
+"""Methods on the inputs of the whole model. As with methods on weights, the configuration is the method.
+
+A method declares its tensors (`params`), says which vectors it makes of them (`vectors`), and how these enter a forward pass
+and a generation (`into_forward`, `into_generate`: before the embeddings of the input, unless it says otherwise). Adapters,
+files, tasks, rows of a batch and threads are written once, for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from inspect import Parameter, signature
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..core.config import PromptLearningConfig, TaskType
+from ..core.method import Param
+from .inputs import before_forward, before_generate
+from .prompt import Prompt
+
+
+@dataclass
+class PromptMethod(PromptLearningConfig):
+    """The options that all methods on inputs have in common, and what each of them has to say.
+
+    Args:
+        seed: of the initial values, which depend on nothing else that is random.
+    """
+
+    seed: int | None = field(default=None, metadata={"help": "Seed of the initial values."})
+
+    ours: ClassVar[frozenset[str]] = frozenset({"seed"})
+    paper: ClassVar[str] = ""
+    # Arguments of a forward pass that are the method's own, such as the task of each row.
+    options: ClassVar[tuple[str, ...]] = ()
+
+    # -- what it is made of --
+    def prepare(self, base: nn.Module) -> None:
+        """Fill in what depends on the base: its sizes.
+
+        Raises:
+            ValueError: the base cannot take prompts, or a size does not fit it.
+        """
+        if not self.num_virtual_tokens or self.num_virtual_tokens < 1:
+            raise ValueError(f"num_virtual_tokens={self.num_virtual_tokens}: say how many virtual tokens to learn, such as 20.")
+        width = embedding_width(words_of(base))
+        if self.token_dim is None:
+            self.token_dim = width
+        if self.token_dim != width:
+            raise ValueError(f"token_dim={self.token_dim}, but the base's embeddings are {width} wide; leave it out to follow the base.")
+        if self.num_transformer_submodules is None:
+            self.num_transformer_submodules = 2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1
+        sizes: Any = getattr(base, "config", None)
+        if hasattr(sizes, "text_config"):
+            sizes = sizes.text_config
+        if self.num_layers is None:
+            self.num_layers = getattr(sizes, "num_hidden_layers", None)
+        if self.num_attention_heads is None:
+            self.num_attention_heads = getattr(sizes, "num_attention_heads", None)
+
+    def params(self) -> dict[str, Param]:
+        """The tensors of one adapter, declared by their live names below it; axes are numbers."""
+        raise NotImplementedError
+
+    def start(self, p: Prompt, words: nn.Module) -> None:
+        """Set initial values that depend on the embedding of words; called once all tensors are there."""
+
+    def in_file(self, p: Prompt) -> dict[str, Tensor]:
+        """The tensors as a file has them."""
+        return {slot.key: slot.tensor for slot in p.slots("")}
+
+    # -- what it does --
+    def vectors(self, p: Prompt, options: Mapping[str, Any]) -> Tensor:
+        """What enters the model: ``(tokens, dim)``, or ``(batch, tokens, dim)`` where the options differ by row."""
+        raise NotImplementedError
+
+    def into_forward(self, inputs: dict[str, Any], vectors: Tensor, words: nn.Module) -> dict[str, Any]:
+        """The arguments of a forward pass with ``vectors (batch, tokens, dim)`` in them."""
+        return before_forward(inputs, vectors, words, self.task_type)
+
+    def into_generate(self, inputs: dict[str, Any], vectors: Tensor, base: nn.Module) -> dict[str, Any]:
+        """The arguments of the base's ``generate`` with ``vectors (batch, tokens, dim)`` in them."""
+        return before_generate(inputs, vectors, base)
+
+
+def words_of(base: nn.Module) -> nn.Module:
+    """The embedding of a model's input tokens.
+
+    Raises:
+        ValueError: it has none, or takes no embeddings in place of tokens.
+    """
+    words = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None  # type: ignore[operator]
+    if not isinstance(words, nn.Module):
+        raise ValueError(f"{type(base).__name__} has no embedding of input tokens, which virtual tokens would go beside.")
+    taken = signature(base.forward).parameters
+    if "inputs_embeds" not in taken and all(p.kind is not Parameter.VAR_KEYWORD for p in taken.values()):
+        raise ValueError(f"{type(base).__name__}.forward takes no `inputs_embeds`, so virtual tokens cannot be put before its input.")
+    return words
+
+
+def embedding_width(words: nn.Module) -> int:
+    width = getattr(words, "embedding_dim", None)
+    return width if width is not None else words.weight.shape[-1]  # type: ignore[return-value, union-attr]

@@ -1,0 +1,94 @@
+"""A forward pass and a generation with the prompts that this thread or task chose.
+
+Everything that a call needs is in its arguments; the base is shared by all calls and none of them changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .inputs import rows_of
+from .method import PromptMethod, words_of
+
+if TYPE_CHECKING:
+    from ..model import PeftModel
+
+
+def forward_with_prompt(peft_model: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    """The base's forward with the chosen prompts; arguments and outputs are the base's, over virtual tokens and input.
+
+    Raises:
+        ValueError: rows of one batch have prompts of several lengths, or there is no input.
+    """
+    base = peft_model.get_base_model()
+    inputs = named(base.forward, args, kwargs)
+    method, vectors = chosen(peft_model, inputs)
+    return base(**method.into_forward(inputs, vectors, words_of(base)))
+
+
+def generate_with_prompt(peft_model: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    """The base's ``generate`` with the chosen prompts; the tokens that come back are those of the base, without virtual ones.
+
+    Raises:
+        ValueError: as for `forward_with_prompt`.
+    """
+    base = peft_model.get_base_model()
+    inputs = named(base.generate, args, kwargs)  # type: ignore[arg-type]
+    if inputs.get("inputs") is not None:
+        inputs["input_ids"] = inputs.pop("inputs")
+    if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
+        inputs["input_ids"] = _beginning(base)
+    method, vectors = chosen(peft_model, inputs)
+    return base.generate(**method.into_generate(inputs, vectors, base))  # type: ignore[operator]
+
+
+def named(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name."""
+    return {**signature(function).bind_partial(*args).arguments, **kwargs} if args else dict(kwargs)
+
+
+def _beginning(base: nn.Module) -> Tensor:
+    """The token that a text begins with: ``(1, 1)``."""
+    config: Any = getattr(base, "generation_config", None)
+    token = getattr(config, "bos_token_id", None)
+    if token is None:
+        raise ValueError("Give `input_ids` to generate from; the base has no token that begins a text.")
+    return torch.tensor([[token]], device=next(base.parameters()).device)
+
+
+def chosen(peft_model: PeftModel, inputs: dict[str, Any]) -> tuple[PromptMethod, Tensor]:
+    """The method that acts here and now and its vectors ``(batch, tokens, dim)``; its own options are taken out of the inputs.
+
+    Several adapters follow each other in the order in which they were named. Rows may differ in their adapter.
+
+    Raises:
+        ValueError: the adapters cannot act in one batch.
+    """
+    choice = peft_model.session.choice()
+    prompts = {n: peft_model.prompt_encoder[n] for n in choice.rows or choice.names if n in peft_model.prompt_encoder}
+    methods: list[PromptMethod] = [p.method for p in prompts.values()]  # type: ignore[misc]
+    if len({type(m) for m in methods}) > 1:
+        kinds = ", ".join(f"{n} is {m.peft_type}" for n, m in zip(prompts, methods, strict=True))
+        raise ValueError(f"Prompts of several methods cannot act together ({kinds}); use one at a time.")
+    options = {name: inputs.pop(name) for name in methods[0].options if name in inputs}
+    batch = rows_of(inputs)
+    found = {n: _for_rows(p.method.vectors(p, options), batch) for n, p in prompts.items()}  # type: ignore[operator, union-attr]
+    if choice.rows is None:
+        return methods[0], torch.cat([found[n] for n in choice.names if n in found], 1)
+    lengths = {n: found[n].shape[1] if n in found else 0 for n in choice.rows}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{n}: {length}" for n, length in lengths.items())
+        raise ValueError(f"Rows of one batch need prompts of one length; virtual tokens are {told}. Run them as batches of their own.")
+    if batch % len(choice.rows):
+        raise ValueError(f"{len(choice.rows)} adapter names were given for a batch of {batch}; give one for each row.")
+    times = batch // len(choice.rows)
+    return methods[0], torch.stack([found[choice.rows[i // times]][i] for i in range(batch)])
+
+
+def _for_rows(vectors: Tensor, batch: int) -> Tensor:
+    return vectors if vectors.ndim == 3 else vectors.expand(batch, *vectors.shape)
