@@ -417,10 +417,14 @@ class Inlaid:
 
 def _reader(name: str) -> property:
     def read(self: nn.Module) -> Any:
+        stored = self._parameters[name]
+        if hasattr(stored, "placements") and _read.get() is None and not torch.compiler.is_compiling():
+            # Not the host in its forward, but FSDP2, which looks after the shards that it put there.
+            return stored
         for place in self.__dict__["_inlay"].values():
             if isinstance(place, Retrained) or name in (place.site.name, place.site.bias_name):
                 return place.value(name)
-        return self._parameters[name]
+        return stored
 
     return property(read)
 
