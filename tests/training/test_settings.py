@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from inlay.training.errors import InputError
-from inlay.training.settings import read_config, resolve
+from inlay.training.settings import RunSettings, read_config, resolve
 
-LORA = {"r", "lora_alpha", "lora_dropout", "target_modules"}
+LORA = {"r", "lora_alpha", "lora_dropout", "target_modules", "seed"}
+
+
+def settings(*sources: dict[str, Any]) -> RunSettings:
+    return resolve(sources, lambda method: LORA)
 
 
 def test_training_keys_and_adapter_fields_are_told_apart() -> None:
-    settings = resolve({"lr": "1e-3", "batch-size": 4, "r": 16, "lora_alpha": 32}, LORA, "lora")
-    assert (settings.lr, settings.batch_size) == (0.001, 4)
-    assert settings.adapter == {"r": 16, "lora_alpha": 32}
+    run = settings({"lr": "1e-3", "batch-size": 4, "r": 16, "lora-alpha": 32})
+    assert (run.lr, run.batch_size) == (0.001, 4)
+    assert run.adapter == {"r": 16, "lora_alpha": 32}
+
+
+def test_later_sources_win_and_a_name_that_both_have_is_kept_apart() -> None:
+    run = settings({"lr": 1.0, "r": 4, "adapter": {"seed": 7, "lora_alpha": 1}}, {"lr": 2.0}, {"adapter": {"r": 8}})
+    assert (run.lr, run.seed) == (2.0, 42)
+    assert run.adapter == {"seed": 7, "lora_alpha": 1, "r": 8}
 
 
 def test_a_record_goes_in_again() -> None:
-    settings = resolve({"data": "a/b.jsonl", "epochs": 2, "r": 16}, LORA, "lora")
-    assert resolve(json.loads(settings.model_dump_json()), LORA, "lora") == settings
-    assert settings.output_folder() == Path("runs/b")
+    run = settings({"data": "a/b.jsonl", "epochs": 2, "r": 16})
+    assert settings(json.loads(run.model_dump_json())) == run
+    assert run.output_folder() == Path("runs/b")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +53,7 @@ def test_a_record_goes_in_again() -> None:
 )
 def test_what_is_wrong_is_named(given: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        resolve(given, LORA, "lora")
+        settings(given)
 
 
 def test_config_files(tmp_path: Path) -> None:

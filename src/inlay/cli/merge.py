@@ -35,6 +35,8 @@ def merge(
         raise InputError(f"--out {out}: exists already; name a new folder.")
     screen = console(to_stderr=as_json)
     tuned = load(model, adapter, dtype, device)
+    if tuned.model.active_peft_config.is_prompt_learning:
+        raise InputError(f"--adapter {adapter}: it acts on the inputs of the model, not on its weights, so it cannot be merged.")
     wanted = probe(tuned.model, tuned.tokenizer)
     try:
         merged = tuned.model.merge_and_unload(safe_merge=True)

@@ -177,31 +177,21 @@ def _was_given(ctx: Any, name: str) -> bool:
 
 
 def settings_from(flags: dict[str, Any], adapter: dict[str, Any], config: Path | None) -> RunSettings:
-    """Flags over config file over, for --resume, the record of the run in --output.
+    """Flags over config file over, for --resume without data, the record of the run in --output.
 
     Raises:
         InputError: an unknown name or a value out of range.
     """
-    given: dict[str, Any] = {}
+    from inlay.training.adapters import config_fields
+
+    sources = []
     if flags.get("resume") and "data" not in flags and config is None and flags.get("output"):
         from inlay.training.sft import recorded_settings
 
-        given |= recorded_settings(Path(flags["output"])) | {"overwrite": False}
+        sources.append(recorded_settings(Path(flags["output"])) | {"overwrite": False})
     if config is not None:
-        given |= _flat(read_config(config))
-    given = _flat(given) | flags | adapter
-
-    from inlay.training.adapters import config_fields
-
-    method = str(given.get("method", "lora"))
-    return resolve(given, set(config_fields(method)), method)
-
-
-def _flat(given: dict[str, Any]) -> dict[str, Any]:
-    """Keys with underscores, and the fields of the adapter beside all others, so that a flag replaces a key of the file."""
-    nested = given.get("adapter")
-    flat = {str(key).replace("-", "_"): value for key, value in given.items() if not (key == "adapter" and isinstance(nested, dict))}
-    return flat | (nested if isinstance(nested, dict) else {})
+        sources.append(read_config(config))
+    return resolve([*sources, flags, {"adapter": adapter}], lambda method: set(config_fields(method)))
 
 
 def summary(result: Any) -> dict[str, Any]:

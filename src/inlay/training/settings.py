@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,33 +115,47 @@ def read_config(path: Path) -> dict[str, Any]:
     return content["settings"] if isinstance(content.get("settings"), dict) else content
 
 
-def resolve(given: dict[str, Any], adapter_fields: set[str], method: str) -> RunSettings:
-    """Validate ``given`` (flat: training keys and adapter fields side by side, or adapter fields under ``adapter``).
+def divide(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tell (training settings, fields of the adapter's config) apart; the latter may stand among the former or under ``adapter``.
+
+    Raises:
+        InputError: ``adapter`` holds no fields.
+    """
+    nested = given.get("adapter") or {}
+    if not isinstance(nested, dict):
+        raise InputError("adapter: expected the fields of the adapter's config, for example 'adapter: {r: 8}'.")
+    training: dict[str, Any] = {}
+    adapter = {str(key).replace("-", "_"): value for key, value in nested.items()}
+    for key, value in given.items():
+        name = str(key).replace("-", "_")
+        if name in TRAINING_KEYS:
+            training[name] = value
+        elif name != "adapter":
+            adapter[name] = value
+    return training, adapter
+
+
+def resolve(sources: Iterable[dict[str, Any]], adapter_fields: Callable[[str], set[str]]) -> RunSettings:
+    """Validate what was given; a later source wins over an earlier one.
 
     Args:
-        given: keys in the spelling of YAML, for example ``{"lr": 1e-3, "lora_alpha": 16}``.
-        adapter_fields: the fields of the method's config class.
-        method: the method's name, for the message.
+        sources: each in the spelling of YAML, for example ``{"lr": 1e-3, "lora_alpha": 16}``.
+        adapter_fields: the fields of a method's config class.
 
     Raises:
         InputError: an unknown key, with the nearest known one, or a value out of range.
     """
-    nested = given.get("adapter")
-    if nested is not None and not isinstance(nested, dict):
-        raise InputError("adapter: expected the fields of the adapter's config, for example 'adapter: {r: 8}'.")
-    adapter = dict(nested or {})
     training: dict[str, Any] = {}
-    for key, value in given.items():
-        name = str(key).replace("-", "_")
-        if name == "adapter":
-            continue
-        if name in TRAINING_KEYS:
-            training[name] = value
-        else:
-            adapter[name] = value
+    adapter: dict[str, Any] = {}
+    for source in sources:
+        its_training, its_adapter = divide(source)
+        training |= its_training
+        adapter |= its_adapter
+    method = str(training.get("method", RunSettings.model_fields["method"].default))
+    known = adapter_fields(method)
     for name in adapter:
-        if name not in adapter_fields:
-            raise InputError(unknown_name(name, adapter_fields, method))
+        if name not in known:
+            raise InputError(unknown_name(name, known, method))
     try:
         return RunSettings(**training, adapter=adapter)
     except ValidationError as error:

@@ -99,7 +99,7 @@ def train(settings: RunSettings, listener: Listener | None = None, command: Sequ
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),
-        "settings": json.loads(settings.model_dump_json()),
+        "settings": json.loads(settings.model_copy(update=_absolute_paths(settings)).model_dump_json()),
         "data": facts,
         "versions": versions(),
     }
@@ -283,6 +283,11 @@ def _dataset(rows: list[masking.Encoded]) -> Any:
 def _seed(settings: RunSettings) -> dict[str, int]:
     """The run's seed for an adapter config that has one of its own."""
     return {"seed": settings.seed} if "seed" in adapters.config_fields(settings.method) else {}
+
+
+def _absolute_paths(settings: RunSettings) -> dict[str, Path]:
+    """So that the run can be resumed from another working directory."""
+    return {name: path.resolve() for name, path in (("data", settings.data), ("val", settings.val)) if path is not None}
 
 
 def _check_folder(folder: Path, settings: RunSettings) -> None:
