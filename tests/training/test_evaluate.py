@@ -91,6 +91,13 @@ def test_answers_end_at_a_stop_token(talkative_model: Any, tokenizer: Any) -> No
     assert len(stopped) == 1  # whatever came first was a stop token
 
 
+def test_prompts_and_answers_stay_within_the_context(talkative_model: Any, tokenizer: Any) -> None:
+    # 256 positions, 6 of them for the answer: what is said before the last 250 tokens cannot matter
+    early, late = question("a" * 100 + "z" * 300), question("b" * 100 + "z" * 300)
+    answers = answer(talkative_model, tokenizer, [early, late], stop=[2], max_new_tokens=6)
+    assert answers[0] == answers[1] != ""
+
+
 def test_exact_match_ignores_white_space() -> None:
     samples = [Sample("r", [{"role": "assistant", "content": "ls  -l\n"}])] * 2
     assert exact_match(["ls -l", "ls -la"], samples) == [True, False]

@@ -43,9 +43,10 @@ def compare(
     from inlay.training.evaluate import Comparison
     from inlay.training.evaluate import compare as measure
     from inlay.training.masking import Encoder
+    from inlay.training.models import positions
 
     encoder = Encoder(tuned.tokenizer)
-    encoded = encoder.encode_all(samples, MAX_LENGTH)
+    encoded = encoder.encode_all(samples, min(MAX_LENGTH, positions(tuned.model.config)))
     asked = [Sample("--prompt", [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]) for text in prompt or []]
     stop = encoder.stop_tokens(encoded.rows)
     with counting(screen, "comparing base and tuned", 4 * len(encoded.rows) + 2 * len(asked)) as advance:

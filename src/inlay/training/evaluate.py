@@ -12,6 +12,7 @@ import numpy as np
 
 from .data import Sample
 from .masking import IGNORED, Encoded, render
+from .models import positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,11 +109,18 @@ def answer(
     batch_size: int = 16,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
-    """Greedy answers to the samples' prompts, without special tokens and surrounding white space."""
+    """Greedy answers to the samples' prompts, without special tokens and surrounding white space.
+
+    Prompt and answer stay within the model's context: a prompt that leaves too little room loses its beginning.
+    """
     import torch
 
+    context = positions(model.config)
+    max_new_tokens = min(max_new_tokens, context // 2)
     prompts = [
-        list(tokenizer(render(tokenizer, sample.prompt, sample.tools, prompt=True), add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        list(tokenizer(render(tokenizer, sample.prompt, sample.tools, prompt=True), add_special_tokens=False)["input_ids"])[  # type: ignore[arg-type]
+            -(context - max_new_tokens) :
+        ]
         for sample in samples
     ]
     answers = [""] * len(prompts)

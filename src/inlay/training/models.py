@@ -104,6 +104,11 @@ def context_length(model: str, trust_remote_code: bool = False) -> int:
         config = AutoConfig.from_pretrained(locate(model), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--model {model}: {_why_not(error, model)}") from error
+    return positions(config)
+
+
+def positions(config: Any) -> int:
+    """The most tokens a model with this config was made for; a very large number when the config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 

@@ -109,7 +109,12 @@ def train(settings: RunSettings, listener: Listener | None = None, command: Sequ
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RECORD, record)
-    interrupted = trainer.run()
+    try:
+        interrupted = trainer.run()
+    except BaseException:
+        if is_main_process():
+            write_json(folder / RECORD, record | {"status": "failed"})
+        raise
 
     if is_main_process():
         trainer.model.save_pretrained(str(folder))
