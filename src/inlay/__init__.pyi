@@ -23,6 +23,12 @@ from .core.targets import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from .core.targets import explain_targets as explain_targets
 from .formats.state import AdapterMismatch as AdapterMismatch
 from .formats.state import LoadReport as LoadReport
+from .functions import cast_mixed_precision_params as cast_mixed_precision_params
+from .functions import delete_adapter as delete_adapter
+from .functions import get_peft_config as get_peft_config
+from .functions import get_peft_model as get_peft_model
+from .functions import inject_adapter_in_model as inject_adapter_in_model
+from .functions import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
 from .methods.lora import LoraConfig as LoraConfig
@@ -39,17 +45,11 @@ from .model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswerin
 from .model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .model import PeftModelForTokenClassification as PeftModelForTokenClassification
-from .model import cast_mixed_precision_params as cast_mixed_precision_params
-from .model import delete_adapter as delete_adapter
-from .model import get_peft_config as get_peft_config
-from .model import get_peft_model as get_peft_model
-from .model import get_peft_model_state_dict as get_peft_model_state_dict
-from .model import inject_adapter_in_model as inject_adapter_in_model
-from .model import load_peft_weights as load_peft_weights
-from .model import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-from .model import set_peft_model_state_dict as set_peft_model_state_dict
 from .prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
+from .state_dict import get_peft_model_state_dict as get_peft_model_state_dict
+from .state_dict import load_peft_weights as load_peft_weights
+from .state_dict import set_peft_model_state_dict as set_peft_model_state_dict
 from .status import get_layer_status as get_layer_status
 from .status import get_model_status as get_model_status
 

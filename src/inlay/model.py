@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .core.attach import attach, check_name
-from .core.config import PeftConfig, TaskType
+from .core.config import PeftConfig
 from .core.inlaid import Retrained, places, session_of
-from .core.method import METHODS, Method
 from .core.session import Session
 from .formats.card import write_card
-from .formats.folder import hub_options, read_tensors, weight_files, write_adapter
-from .formats.state import PREFIX, LoadReport, adapter_tensors, fill, slots_of_model, slots_of_parts, warn_of
+from .formats.folder import hub_options, write_adapter
+from .formats.state import LoadReport, fill, slots_of_model, slots_of_parts, warn_of
+from .state_dict import get_peft_model_state_dict, load_peft_weights
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuner import BaseTuner, tuner_class
 
@@ -96,8 +95,7 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        active = self.active_adapters
-        return active[0] if len(active) == 1 else active
+        return self.session.shown
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -508,209 +506,9 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
 }
 
 
-# ---- functions ------------------------------------------------------------------------------------------------------------
-def get_peft_model(
-    model: nn.Module,
-    peft_config: PeftConfig,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel:
-    """Set a new adapter into a model and freeze the rest.
-
-    Args:
-        model: the base; changed in place.
-        peft_config: which method, where.
-        adapter_name: what to call the adapter.
-        mixed: return a `PeftMixedModel`.
-        autocast_adapter_dtype: float32 adapters over a base in half precision.
-        revision: the base's revision, for the adapter's file.
-        low_cpu_mem_usage: leave the adapter on the meta device.
-
-    Raises:
-        ValueError: the configuration does not fit the model, or the model is a `PeftModel` already. The model is untouched.
-    """
-    if isinstance(model, PeftModel):
-        raise ValueError("The model is a PeftModel already; add to it with `model.add_adapter(name, config)`.")
-    if type(peft_config) is PeftConfig:
-        raise ValueError("A bare PeftConfig names no method; use one such as LoraConfig.")
-    name = getattr(model, "name_or_path", None) or getattr(model, "__dict__", {}).get("name_or_path")
-    if name:
-        peft_config.base_model_name_or_path = name
-    if revision is not None:
-        if peft_config.revision not in (None, revision):
-            warnings.warn(f"peft config has revision {peft_config.revision!r}; {revision!r} replaces it.")
-        peft_config.revision = revision
-    cls = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(peft_config.task_type), PeftModel)
-    return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-
-
-def inject_adapter_in_model(
-    peft_config: PeftConfig,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
-    """Set an adapter into a model without wrapping it; ``model.peft_config`` says which there are.
-
-    Args:
-        state_dict: adapt the modules that these keys name, where the configuration does not know them.
-    """
-    if not isinstance(peft_config, Method):
-        raise ValueError(
-            f"`inject_adapter_in_model` sets adapters into weights; {peft_config.peft_type} acts on inputs. Use `get_peft_model`."
-        )
-    if "peft_config" not in vars(model) and next(places(model), None) is None:
-        # Whoever took the layers' adapters away and deleted `peft_config` meant the adapters to be gone.
-        vars(model).pop("_inlay_session", None)
-    only = None
-    if state_dict:
-        only = {k.removeprefix("_orig_mod.").removeprefix(PREFIX).rsplit(f".{peft_config.prefix}", 1)[0] for k in state_dict}
-    session = attach(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, only=only)
-    model.peft_config = session.configs  # type: ignore[assignment]
-    return model
-
-
-def get_peft_model_state_dict(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor] | None = None,
-    adapter_name: str = "default",
-    unwrap_compiled: bool = False,
-    save_embedding_layers: bool | Literal["auto"] = "auto",
-) -> dict[str, Tensor]:
-    """The tensors of one adapter, by the keys that they have in a file.
-
-    Args:
-        model: a `PeftModel`, or a model that adapters were injected into (whose keys then have no prefix).
-        state_dict: take the values from this state dict of the model.
-        adapter_name: which.
-        unwrap_compiled: look through ``torch.compile``.
-        save_embedding_layers: see `PeftModel.save_pretrained`.
-    """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
-    if isinstance(model, PeftModel) and model._is_prompt_learning:
-        from .prompts import prompt_tensors
-
-        return prompt_tensors(model, adapter_name, state_dict, save_embedding_layers)
-    base, prefix = (model.get_base_model(), PREFIX) if isinstance(model, PeftModel) else (model, "")
-    session = session_of(base)
-    if session is None:
-        raise ValueError("The model has no adapters to save.")
-    return adapter_tensors(base, session, adapter_name, prefix=prefix, state_dict=state_dict, save_embedding_layers=save_embedding_layers)
-
-
-def set_peft_model_state_dict(
-    model: nn.Module,
-    peft_model_state_dict: Mapping[str, Tensor],
-    adapter_name: str = "default",
-    ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,
-) -> LoadReport:
-    """Give an adapter that is in place the values of a state dict, as other libraries do: what does not fit is reported.
-
-    Returns:
-        A report with ``missing_keys`` (live names) and ``unexpected_keys``.
-
-    Raises:
-        ValueError: shapes differ and ``ignore_mismatched_sizes`` is not set.
-    """
-    if isinstance(model, PeftModel) and model._is_prompt_learning:
-        from .prompts import load_prompt
-
-        return load_prompt(model, adapter_name, peft_model_state_dict, strict=False, ignore_mismatched_sizes=ignore_mismatched_sizes)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    slots = slots_of_model(base, adapter_name)
-    live = {s.key: s.live for s in slots}
-    report = fill(slots, base, peft_model_state_dict, adapter_name, strict=False, ignore_mismatched_sizes=ignore_mismatched_sizes)
-    report.missing_keys = [live.get(k.removeprefix(PREFIX), k) for k in report.missing_keys]
-    return report
-
-
-def load_peft_weights(
-    model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, *, allow_pickle: bool = False, **hub: Any
-) -> dict[str, Tensor]:
-    """The tensors of an adapter's folder or repository.
-
-    Args:
-        device: where to; the CPU where None.
-        key_mapping: regular expressions and replacements for keys, which then lose HF's prefix.
-        allow_pickle: read an ``adapter_model.bin``, weights only.
-
-    Raises:
-        ValueError: there is no such file, or it is damaged.
-    """
-    import re
-
-    tensors = read_tensors(weight_files(model_id, allow_pickle=allow_pickle, **hub), device or "cpu")
-    if key_mapping:
-        renamed = {}
-        for key, tensor in tensors.items():
-            key = key.removeprefix(PREFIX)
-            for pattern, replacement in key_mapping.items():
-                key = re.sub(pattern, replacement, key)
-            renamed[key] = tensor
-        tensors = renamed
-    return tensors
-
-
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = None) -> None:
-    """Take an adapter out of a model that it was injected into."""
-    from .core.attach import detach
-
-    detach(model.get_base_model() if isinstance(model, PeftModel) else model, adapter_name)
-
-
 def require_input_gradients(model: nn.Module) -> None:
     """Make what the input embedding gives require gradients, for checkpointed blocks behind it."""
     if hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()  # type: ignore[operator]
     elif hasattr(model, "get_input_embeddings"):
         model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))  # type: ignore[operator]
-
-
-def prepare_model_for_kbit_training(
-    model: nn.Module, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-) -> nn.Module:
-    """Freeze a base, keep what is not quantised in float32, and let gradients pass its checkpointed blocks.
-
-    Args:
-        model: a base, quantised or in half precision; changed in place.
-        use_gradient_checkpointing: turn it on.
-        gradient_checkpointing_kwargs: for it; non-reentrant where nothing is said.
-    """
-    for q in model.parameters():
-        q.requires_grad_(False)
-        if q.dtype in (torch.float16, torch.bfloat16) and type(q).__name__ not in ("Params4bit", "Int8Params"):
-            q.data = q.data.float()
-    if use_gradient_checkpointing:
-        kwargs = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
-        if kwargs.get("use_reentrant", True):
-            require_input_gradients(model)
-        if hasattr(model, "gradient_checkpointing_enable"):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
-    return model
-
-
-def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen floating-point parameters to ``dtype``, trainable ones to float32."""
-    for q in model.parameters():
-        if q.is_floating_point():
-            q.data = q.data.to(torch.float32 if q.requires_grad else dtype)
-
-
-def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
-    """A configuration from a dictionary with a ``peft_type``."""
-    return PeftConfig.from_peft_type(**config_dict)
-
-
-__all__ = [
-    "METHODS", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModel", "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification", "Self", "TaskType", "cast_mixed_precision_params", "delete_adapter", "get_layer_status",
-    "get_model_status", "get_peft_config", "get_peft_model", "get_peft_model_state_dict", "inject_adapter_in_model",
-    "load_peft_weights", "prepare_model_for_kbit_training", "require_input_gradients", "set_peft_model_state_dict",
-]  # fmt: skip

@@ -68,8 +68,7 @@ class BaseTuner(nn.Module):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        active = self.active_adapters
-        return active[0] if len(active) == 1 else active
+        return self.session.shown
 
     @property
     def targeted_module_names(self) -> list[str]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import PeftModel
+from .. import delete_adapter as _delete_adapter
 from ..core.attach import activate
 from ..core.config import PeftConfig
 from ..core.inlaid import Place, places, session_of
 from ..core.session import Session
 from ..core.targets import explain_targets
-from ..model import PeftModel
-from ..model import delete_adapter as _delete_adapter
 from ..tuner import BaseTuner
 
 

@@ -14,11 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .. import PeftModel, load_peft_weights
 from ..core.config import PeftConfig
 from ..core.inlaid import Adapter, Place, places
 from ..core.method import Method, Param
 from ..formats.state import PREFIX
-from ..model import PeftModel, load_peft_weights
+from ..model import PeftModel
+from ..state_dict import load_peft_weights
 from .functions import infer_device
 
 # Options that change what is computed from the tensors, beyond ranks and scales.
@@ -108,7 +110,8 @@ def hotswap_adapter_from_state_dict(
     known = {f"{p.in_file}.{q.key or own}": (p, a, own) for p, a in found for own, q in a.declared.items()}
     unexpected = sorted(set(given) - set(known))
     if unexpected:
-        raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
+        shown = ", ".join(unexpected[:5]) + (f" and {len(unexpected) - 5} more" if len(unexpected) > 5 else "")
+        raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {shown}.")
     if any(a.method.scaling == 0 for _, a in found):
         raise ValueError(f"Adapter {adapter_name!r} has lora_alpha=0, so nothing that takes its place can have an effect.")
 

@@ -180,8 +180,8 @@ class Method(PeftConfig):
                     raise ValueError(f"overrides[{pattern!r}]: unknown field {name!r}.{nearest(name, self.field_names())}")
 
     # -- which parameters, and where --
-    def prepare(self, model_type: str | None) -> None:
-        """Fill in the options whose defaults depend on the base's architecture, before modules are looked for."""
+    def prepare(self, base: nn.Module) -> None:
+        """Fill in the options whose defaults depend on the base, before modules are looked for."""
 
     def refuses(self, site: Site) -> str | None:
         """The mathematical reason why the method cannot act on a site, or None."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .config import PeftConfig, nearest
 from .inlaid import Adapter, Inlaid, Inner
-from .method import Method, Param
+from .method import METHODS, Method, Param
 from .site import Read, Site
-from .targets import Target, architecture, base_modules, find_targets, site_at, tied_paths
+from .targets import Target, base_modules, find_targets, site_at, tied_paths
 from .tied import Tied
 
 # The classes for classification name both of these, of which a model has one.
@@ -113,7 +113,7 @@ class Plan:
 
     # -- the method at its targets --
     def _adapted(self, config: Method, only: Collection[str] | None) -> list[Part]:
-        config.prepare(architecture(self.model))
+        config.prepare(self.model)
         if only is None:
             targets = find_targets(self.model, config)
         else:
@@ -150,8 +150,6 @@ class Plan:
     # -- what stands beside the method --
     def _tokens(self, config: Method, adapted: list[Part]) -> list[Part]:
         """Rows of embeddings that are retrained (``trainable_token_indices``)."""
-        from ..methods.trainable_tokens import TrainableTokensConfig
-
         wanted = config.trainable_token_indices
         if not wanted:
             return []
@@ -168,7 +166,7 @@ class Plan:
                     raise ValueError(f"trainable_token_indices: {path!r} {why}.")
                 if self.tied.get(path) in {part.path for part in found}:
                     continue
-                method = TrainableTokensConfig(token_indices=list(indices), as_part=True)
+                method = METHODS["TRAINABLE_TOKENS"](token_indices=list(indices), as_part=True)  # type: ignore[call-arg]
                 reason = method.refuses(site)
                 if reason:
                     raise ValueError(f"trainable_token_indices: {path!r}: {reason}.")

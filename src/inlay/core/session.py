@@ -62,6 +62,11 @@ class Session:
                     return choice
         return Choice(self.active if self.enabled else ())
 
+    @property
+    def shown(self) -> str | list[str]:
+        """The active adapter's name, or the list of them, as HF's ``active_adapter`` is."""
+        return self.active[0] if len(self.active) == 1 else list(self.active)
+
     def check(self, names: Iterable[str]) -> tuple[str, ...]:
         """The names as a tuple.
 

@@ -103,7 +103,7 @@ def explain_targets(model: nn.Module, config: Method) -> Explanation:
         config: the configuration of a method on weights.
     """
     model = bare_model(model)
-    config.prepare(architecture(model))
+    config.prepare(model)
     found = Explanation()
     modules = base_modules(model)
     names = [n for n, _ in modules]
@@ -202,11 +202,11 @@ def effective_targets(model: nn.Module, config: Method) -> Collection[str]:
         return _all_linear(model, config)
     if wanted is not None or config.target_parameters:
         return wanted if wanted is not None else set()
-    if config.trainable_token_indices:
-        return set()
     model_type = architecture(model)
     table = config.default_targets()
     if model_type not in table:
+        if config.trainable_token_indices:
+            return set()
         raise ValueError(f"Please specify `target_modules`: there is no default for architecture {model_type!r}.")
     return set(table[str(model_type)])
 

@@ -87,8 +87,7 @@ class TunerLayer(nn.Module):
 
     @view
     def active_adapter(self) -> str | list[str]:
-        active = self._place.session.active
-        return active[0] if len(active) == 1 else list(active)
+        return self._place.session.shown
 
     @view
     def disable_adapters(self) -> bool:
