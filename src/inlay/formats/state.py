@@ -19,6 +19,7 @@ from ..core.session import Session
 from ..core.site import Site
 from ..core.targets import base_modules, tied_paths
 from ..core.tied import Tied
+from ..methods.trainable_tokens import TrainableTokensConfig
 
 PREFIX = "base_model.model."
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
@@ -150,9 +151,13 @@ def _of_tied_ends(model: nn.Module, name: str) -> dict[str, Tensor]:
     for place in places(model):
         p = place.adapters.get(name)
         source = p.method.source if isinstance(p, Adapter) and isinstance(p.method, Tied) else None
-        if source is not None and isinstance(source.method, LowRank):
+        if source is None:
+            continue
+        if isinstance(source.method, LowRank):
             a, b = source.method.factors(source)
             found |= {f"{place.path}.lora_A.weight": b.mT, f"{place.path}.lora_B.weight": a.mT}
+        elif isinstance(source.method, TrainableTokensConfig) and not source.method.as_part:
+            found[f"{place.path}.trainable_tokens_delta"] = source.trainable_tokens_delta
     return found
 
 
@@ -160,11 +165,12 @@ def _said_twice(model: nn.Module, key: str, given: Mapping[str, tuple[str, Tenso
     """Keys of HF's files that repeat what other keys say: a tied head's factors, a retrained bias under its wrappers' names."""
     if ".original_module." in key or ".modules_to_save." in key:
         return True
+    repeats = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A", "trainable_tokens_delta": "trainable_tokens_delta"}
     for path, source in tied_paths(model).items():
-        for leaf, of in (("lora_A.weight", "lora_embedding_B"), ("lora_B.weight", "lora_embedding_A")):
+        for leaf, of in repeats.items():
             first = given.get(f"{source}.{of}")
             if key == f"{path}.{leaf}" and first is not None:
-                return torch.equal(given[key][1], first[1].mT)
+                return torch.equal(given[key][1], first[1] if leaf == of else first[1].mT)
     return False
 
 

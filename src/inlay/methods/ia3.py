@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.config import PeftType
 from ..core.method import Method, Param, normal, ones, register
 from ..core.site import Embedding, Linear, Site, TransposedLinear, _AnyConv
-from ..core.targets import _hit
+from ..core.targets import _hit, architecture
 
 if TYPE_CHECKING:
     from ..core.inlaid import Adapter, Inner
@@ -66,9 +66,9 @@ class IA3Config(Method):
     def default_targets(self) -> dict[str, list[str]]:
         return {base: f"{outputs} {inputs}".split() for base, (outputs, inputs) in _DEFAULTS.items()}
 
-    def prepare(self, model_type: str | None) -> None:
+    def prepare(self, base: nn.Module) -> None:
         if self.feedforward_modules is None:
-            _, inputs = _DEFAULTS.get(str(model_type), ("", ""))
+            _, inputs = _DEFAULTS.get(str(architecture(base)), ("", ""))
             self.feedforward_modules = set(inputs.split())
 
     def at(self, path: str) -> Method:

@@ -1,6 +1,6 @@
-"""Trainable tokens: some rows of an embedding are retrained, all others stay.
+"""Trainable tokens: some rows of an embedding, or of the head that scores its tokens, are retrained; all others stay.
 
-As a matrix ``(dim, tokens)`` these are columns: ``W' = W`` with the columns ``token_indices`` replaced.
+An embedding as a matrix is ``(dim, tokens)``, where these are columns; a head is ``(tokens, dim)``.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.config import PeftType
+from ..core.families import acts_on_last_axis
 from ..core.method import Method, Param, register, zeros
 from ..core.site import Embedding, Site
 
@@ -25,6 +26,7 @@ class TrainableTokensConfig(Method):
     """Retrain single tokens.
 
     Args:
+        target_modules: embeddings or output heads; where None, the base's input embedding.
         token_indices: the rows to retrain.
         init_weights: start from the base's rows; False starts from random ones.
         as_part: the rows stand beside another method (`trainable_token_indices`).
@@ -38,16 +40,20 @@ class TrainableTokensConfig(Method):
     prefix: ClassVar[str] = "trainable_tokens_"
     ours: ClassVar[frozenset[str]] = Method.ours | {"as_part", "layers_to_transform", "layers_pattern"}
 
+    def prepare(self, base: nn.Module) -> None:
+        if self.target_modules is None:
+            embedding = getattr(base, "get_input_embeddings", lambda: None)()
+            self.target_modules = {next((path for path, m in base.named_modules() if m is embedding), "embed_tokens")}
+
     def refuses(self, site: Site) -> str | None:
-        if not isinstance(site, Embedding):
-            return "tokens are rows of an embedding"
-        rows = site.size("in")
+        if not acts_on_last_axis(site) and not isinstance(site, Embedding):
+            return "tokens are rows of an embedding or of an output head"
+        rows = site.size(_axes(site)[0])
         wrong = [i for i in self.token_indices if not 0 <= i < rows]
-        return f"token {wrong[0]} is not among the {rows} of the embedding" if wrong else None
+        return f"token {wrong[0]} is not among its {rows} rows" if wrong else None
 
     def params(self, site: Site) -> dict[str, Param]:
-        shape = (len(self.token_indices), site.size("out"))
-        return {"trainable_tokens_delta": Param(shape, zeros, batched=False)}
+        return {"trainable_tokens_delta": Param((len(self.token_indices), _axes(site)[1]), zeros, batched=False)}
 
     def start(self, p: Adapter) -> None:
         reason = self.refuses(p.site)
@@ -55,7 +61,8 @@ class TrainableTokensConfig(Method):
             raise ValueError(f"trainable tokens of {p.path!r}: {reason}.")
         w, _ = p.site.read()
         if self.init_weights:
-            p.trainable_tokens_delta.data.copy_(w.detach()[:, self.token_indices].mT)
+            rows = w.detach().mT if isinstance(p.site, Embedding) else w.detach()
+            p.trainable_tokens_delta.data.copy_(rows[self.token_indices])
         else:
             p.trainable_tokens_delta.data.normal_(generator=torch.Generator().manual_seed(self.seed or 0))
 
@@ -64,9 +71,13 @@ class TrainableTokensConfig(Method):
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         new = p.trainable_tokens_delta.to(w.dtype)
-        return w.index_copy(1, self._index(w), new.mT), b
+        if isinstance(p.site, Embedding):
+            return w.index_copy(1, self._index(w), new.mT), b
+        return w.index_copy(0, self._index(w), new), b
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        if not isinstance(inner.site, Embedding):
+            return self.around_transposed(p, inner, x)
         new = p.trainable_tokens_delta
         match = x.unsqueeze(-1) == self._index(x)
         y = inner(x)
@@ -74,12 +85,16 @@ class TrainableTokensConfig(Method):
         return torch.where(match.any(-1, keepdim=True), rows, y)
 
     def around_transposed(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
-        """The output head that shares the embedding: the scores of the retrained tokens are replaced."""
+        """An output head, one that shares the embedding or one of its own: the scores of the retrained tokens are replaced."""
         y = inner(x)
         new = p.trainable_tokens_delta.to(x.dtype)
         scores = torch.nn.functional.linear(x, new)
-        _, bias = inner.params()
-        index = self._index(x)
+        index, bias = self._index(x), inner.bias()
         if bias is not None:
             scores = scores + bias[index].to(scores.dtype)
         return y.index_copy(-1, index, scores.to(y.dtype))
+
+
+def _axes(site: Site) -> tuple[str, str]:
+    """The axis that counts tokens, and the other one."""
+    return ("in", "out") if isinstance(site, Embedding) else ("out", "in")
