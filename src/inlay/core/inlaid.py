@@ -126,7 +126,7 @@ class Inner:
     ) -> None:
         self.site, self.call, self.params, self.dense = site, call, params, dense
         # The bias without the weight, which a quantised host would have to restore.
-        self.bias = bias or (lambda: params()[1])
+        self.bias = (lambda: params()[1]) if bias is None else bias
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.call(x)
