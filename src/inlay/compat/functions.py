@@ -182,14 +182,15 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
 
 # ---- peft.tuners.lokr.layer -----------------------------------------------------------------------------------------------
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """Two factors of a number, as LoKr splits an axis: the smaller one first, as near to each other as ``factor`` allows.
+    """Two factors of a number, as LoKr splits an axis.
 
     Args:
         dimension: the number.
-        factor: this very factor where it divides the number; else a limit for the smaller one; no limit where -1.
+        factor: the first of the two, where it divides the number. Else the two are as near to each other as they can be, the smaller
+            one first and at most ``factor``; no limit where -1.
     """
     if factor > 0 and dimension % factor == 0:
-        return min(factor, dimension // factor), max(factor, dimension // factor)
+        return factor, dimension // factor
     limit = dimension if factor == -1 else factor
     small = max((d for d in range(1, isqrt(dimension) + 1) if dimension % d == 0 and d <= limit), default=1)
     return small, dimension // small

@@ -19,8 +19,6 @@ from ..core.config import PeftConfig
 from ..core.inlaid import Adapter, Place, places
 from ..core.method import Method, Param
 from ..formats.state import PREFIX
-from ..model import PeftModel
-from ..state_dict import load_peft_weights
 from .functions import infer_device
 
 # Options that change what is computed from the tensors, beyond ranks and scales.

@@ -13,14 +13,14 @@ def live_name(key: str, adapter_name: str, prefixes: tuple[str, ...]) -> str:
     """The rule that holds for a method's own tensors: ``q_proj.lora_A.weight`` is ``q_proj.adapters.<name>.lora_A``.
 
     Args:
-        key: in a file; other keys only lose HF's prefix.
+        key: in a file; keys of the base, which may be there too, lose HF's prefix and the wrapper's name.
         adapter_name: what the adapter is called in the model.
         prefixes: what the methods' tensors begin with.
     """
     parts = key.removeprefix(PREFIX).split(".")
     at = next((i for i, part in enumerate(parts) if part.startswith(prefixes)), None)
     if at is None or "adapters" in parts[:at]:
-        return ".".join(parts)
+        return ".".join(part for part in parts if part != "base_layer")
     end = "_".join(parts[at:]).removesuffix("_weight")
     return ".".join([*parts[:at], "adapters", adapter_name, end])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,9 +32,13 @@ class _AdapterNames(WeightRenaming):
 class _AdapterTensors(WeightConverter):
     """Tensors of a file in the shape in which the model has them."""
 
-    def __init__(self, adapter_name: str) -> None:
-        key = re.escape(f".adapters.{adapter_name}.")
-        super().__init__(key, key, [_FromFile()])
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__("adapter tensor", "adapter tensor", [_FromFile()])
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return source_key, self.source_patterns[0]
 
     def was_used(self) -> bool:
         return False
@@ -72,4 +75,4 @@ def build_peft_weight_mapping(
         peft_config: its configuration.
     """
     of_base = [c for c in weight_conversions or () if isinstance(c, WeightRenaming)]
-    return [_AdapterNames(adapter_name, prefixes_of(peft_config)), *of_base, _AdapterTensors(adapter_name)]
+    return [_AdapterNames(adapter_name, prefixes_of(peft_config)), *of_base, _AdapterTensors()]

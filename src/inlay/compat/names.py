@@ -58,6 +58,8 @@ HOMES = {name: home for home, names in _HOMES.items() for name in names.split()}
 HOMES["INCLUDE_LINEAR_LAYERS_SHORTHAND"] = "inlay.core.targets:ALL_LINEAR"
 HOMES["__version__"] = "inlay.core.config:PEFT_VERSION"
 
+_NEEDS_TRANSFORMERS = ("inlay.compat.loading",)
+
 # Libraries import these at their top and only compare with them.
 _COMPARED_WITH = {"PrefixTuningConfig": "PREFIX_TUNING"}
 
@@ -77,9 +79,11 @@ def resolve(module: ModuleType, name: str) -> Any:
     Raises:
         AttributeError: Inlay has nothing by this name.
     """
+    if name == "__all__":
+        return [n for n in listing(module) if not n.startswith("_") and HOMES.get(n) not in _NEEDS_TRANSFORMERS]
     if name.startswith("__") and name not in HOMES:
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-    for find in (_listed, _of_a_method, _layer_kind, _table, _compared_with):
+    for find in (_listed, _of_a_method, _layer_kind, _table, _submodule, _compared_with):
         found = find(module.__name__, name)
         if found is not None:
             # Found by the import system from now on, without coming here.
@@ -153,6 +157,11 @@ def _table(_: str, name: str) -> Any:
         key = f"TRANSFORMERS_MODELS_TO_{peft_type.replace('_', '')}_TARGET_MODULES_MAPPING"
         tables[key] = lambda cls=cls: cls().default_targets()
     return tables[name]() if name in tables else None
+
+
+def _submodule(module: str, name: str) -> ModuleType | None:
+    """With HF peft, ``import peft`` brings its modules with it."""
+    return importlib.import_module(f"{module}.{name}") if is_module(f"{module}.{name}") else None
 
 
 def _compared_with(_: str, name: str) -> Any:
