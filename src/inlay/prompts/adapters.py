@@ -51,17 +51,21 @@ def attach_prompt(
     if not isinstance(config, PromptMethod):
         raise ValueError(f"{config.peft_type} is no method on inputs.")
     base = peft_model.get_base_model()
-    words = words_of(base)
     config.prepare(base)
-    dtype = next((q.dtype for q in words.parameters()), torch.get_default_dtype())
-    prompt = Prompt(config, adapter_dtype(dtype, autocast_adapter_dtype))
+    words = words_of(base)
+    weight = next(words.parameters())
+    prompt = Prompt(config, adapter_dtype(weight.dtype, autocast_adapter_dtype))
 
     def values(parts: list[Part]) -> None:
         slots = [*_own_slots(prompt, adapter_name), *slots_of_parts(parts, adapter_name)]
         warn_of(_fill(slots, base, tensors or {}, adapter_name, strict))
+        # What a file leaves open starts as declared and no further: a file must not make its reader fetch a tokenizer.
+        prompt.materialise(weight.device)
 
     if tensors is None:
-        prompt.materialise(words)
+        prompt.materialise(weight.device)
+        with torch.no_grad():
+            config.start(prompt, words)
     session = attach(
         base,
         config,
@@ -70,7 +74,6 @@ def attach_prompt(
         autocast_adapter_dtype=autocast_adapter_dtype,
         fill=None if tensors is None else values,
     )
-    prompt.materialise(words)
     peft_model.prompt_encoder[adapter_name] = prompt.train(base.training)
     show_trainable(peft_model)
     return session
@@ -156,7 +159,7 @@ def _fill(
     ignore_mismatched_sizes: bool | None = None,
 ) -> LoadReport:
     """`formats.state.fill` under the names that this kind of file has."""
-    device = next((q.device for q in words_of(base).parameters()), torch.device("cpu"))
+    device = next(words_of(base).parameters()).device
     names = {k.removeprefix(BASE_PREFIX): k for k in tensors}
     plain = {k: tensors[name_in_file].to(device) for k, name_in_file in names.items()}
     own = {s.key for s in slots if s.live.startswith("prompt_encoder.")}

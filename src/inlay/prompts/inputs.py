@@ -1,7 +1,7 @@
 """Virtual tokens before the input of a model: what becomes of each of its arguments. Pure functions; nothing is patched.
 
-What HF peft does is done here, number by number, where it can be told from a mistake: positions run through the virtual
-tokens and the input alike, token types are those of the classes that take them, and a model's output covers the virtual tokens.
+Forward passes are those of HF peft, number by number: positions run through the virtual tokens and the input alike, padding
+included; positions of the caller are left out, with a warning; outputs cover the virtual tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def before_forward(inputs: dict[str, Any], vectors: Tensor, words: nn.Module, ta
     begun = _holds_tokens(inputs.get("past_key_values")) or inputs.get("encoder_outputs") is not None
     _drop(inputs, "position_ids")
     if inputs.get("attention_mask") is not None:
-        inputs["attention_mask"] = _mask_before(inputs["attention_mask"], n, causal=task in ("CAUSAL_LM", None))
+        inputs["attention_mask"] = _mask_before(inputs["attention_mask"], n, begun=begun, causal=task in ("CAUSAL_LM", None))
     if task in TYPED:
         if inputs.get("token_type_ids") is not None and not begun:
             inputs["token_type_ids"] = _before(inputs["token_type_ids"], n, 0)
@@ -94,7 +94,9 @@ def before_generate(inputs: dict[str, Any], vectors: Tensor, base: nn.Module) ->
     mask = inputs.get("attention_mask")
     if mask is None:
         mask = _mask_of(ids, inputs, base) if ids is not None else torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    inputs |= {"inputs_embeds": joined(vectors, embeds), "attention_mask": _mask_before(mask, n, causal=True)}
+    elif mask.ndim != 2:
+        raise ValueError(f"attention_mask has {mask.ndim} axes; a generation takes (batch, length).")
+    inputs |= {"inputs_embeds": joined(vectors, embeds), "attention_mask": _before(mask, n, 1)}
     if getattr(base.config, "is_encoder_decoder", False):
         return inputs
     if inputs.get("position_ids") is not None:
@@ -126,23 +128,25 @@ def _before(tensor: Tensor, n: int, value: int) -> Tensor:
     return torch.cat((tensor.new_full((len(tensor), n), value), tensor), 1)
 
 
-def _mask_before(mask: Tensor, n: int, causal: bool) -> Tensor:
+def _mask_before(mask: Tensor, n: int, begun: bool, causal: bool) -> Tensor:
     """A mask that shows the virtual tokens to all others.
 
     Args:
         mask: ``(batch, length)`` of ones and zeros, or ``(batch, heads, queries, keys)``: booleans, or what is added to scores.
         n: the number of virtual tokens.
-        causal: virtual tokens see those before them only; else also each other and whatever any token sees. Matters to four axes.
+        begun: the virtual tokens are behind, in a cache, and query nothing any more. This and the next matter to four axes.
+        causal: virtual tokens see those before them only; else also each other and whatever any token sees.
     """
     if mask.ndim == 2:
         return _before(mask, n, 1)
     if mask.ndim != 4:
         raise ValueError(f"attention_mask has {mask.ndim} axes; give (batch, length) or (batch, heads, queries, keys).")
+    if not mask.is_floating_point():
+        mask = mask.bool()
     shown, hidden = (True, False) if mask.dtype == torch.bool else (0, torch.finfo(mask.dtype).min)
     batch, heads, queries, keys = mask.shape
     old = torch.cat((mask.new_full((batch, heads, queries, n), shown), mask), 3)
-    if keys != queries:
-        # The queries continue a cache, which has the virtual tokens' own rows behind it.
+    if begun:
         return old
     own = mask.new_full((n, n), shown)
     if causal:
@@ -193,8 +197,13 @@ def _count_in_tokens(inputs: dict[str, Any], length: int, base: nn.Module) -> No
     for bound in ("max", "min"):
         whole, new = f"{bound}_length", f"{bound}_new_tokens"
         value = _setting(whole, inputs, given, base)
+        count = _setting(new, inputs, given, base)
         inputs.pop(whole, None)
         if given is not None:
             setattr(given, whole, None)
-        if value is not None and _setting(new, inputs, given, base) is None:
-            inputs[new] = max(value - length, 0)
+        if value and count is None:
+            count = max(value - length, 0)
+            if given is None:
+                inputs[new] = count
+            else:
+                setattr(given, new, count)

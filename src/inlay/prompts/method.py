@@ -3,6 +3,8 @@
 A method declares its tensors (`params`), says which vectors it makes of them (`vectors`), and how these enter a forward pass
 and a generation (`into_forward`, `into_generate`: before the embeddings of the input, unless it says otherwise). Adapters,
 files, tasks, rows of a batch and threads are written once, for all of them.
+
+Such a method is no function of any weight, so there is nothing to merge.
 """
 
 from __future__ import annotations
@@ -44,11 +46,12 @@ class PromptMethod(PromptLearningConfig):
         """
         if not self.num_virtual_tokens or self.num_virtual_tokens < 1:
             raise ValueError(f"num_virtual_tokens={self.num_virtual_tokens}: say how many virtual tokens to learn, such as 20.")
-        width = embedding_width(words_of(base))
+        check_takes_embeddings(base)
+        width = self.width(base)
         if self.token_dim is None:
             self.token_dim = width
         if self.token_dim != width:
-            raise ValueError(f"token_dim={self.token_dim}, but the base's embeddings are {width} wide; leave it out to follow the base.")
+            raise ValueError(f"token_dim={self.token_dim}, but the base asks for {width}; leave it out to follow the base.")
         if self.num_transformer_submodules is None:
             self.num_transformer_submodules = 2 if self.task_type == TaskType.SEQ_2_SEQ_LM else 1
         sizes: Any = getattr(base, "config", None)
@@ -59,12 +62,16 @@ class PromptMethod(PromptLearningConfig):
         if self.num_attention_heads is None:
             self.num_attention_heads = getattr(sizes, "num_attention_heads", None)
 
+    def width(self, base: nn.Module) -> int:
+        """The width of a virtual token in this base."""
+        return embedding_width(words_of(base))
+
     def params(self) -> dict[str, Param]:
         """The tensors of one adapter, declared by their live names below it; axes are numbers."""
         raise NotImplementedError
 
     def start(self, p: Prompt, words: nn.Module) -> None:
-        """Set initial values that depend on the embedding of words; called once all tensors are there."""
+        """Set initial values that depend on the embedding of words; called once all tensors are there, without gradients."""
 
     def in_file(self, p: Prompt) -> dict[str, Tensor]:
         """The tensors as a file has them."""
@@ -79,24 +86,31 @@ class PromptMethod(PromptLearningConfig):
         """The arguments of a forward pass with ``vectors (batch, tokens, dim)`` in them."""
         return before_forward(inputs, vectors, words, self.task_type)
 
+    def out_of_forward(self, outputs: Any, inputs: Mapping[str, Any]) -> Any:
+        """What the caller gets, given the base's outputs and the caller's arguments by name."""
+        return outputs
+
     def into_generate(self, inputs: dict[str, Any], vectors: Tensor, base: nn.Module) -> dict[str, Any]:
         """The arguments of the base's ``generate`` with ``vectors (batch, tokens, dim)`` in them."""
         return before_generate(inputs, vectors, base)
 
 
 def words_of(base: nn.Module) -> nn.Module:
-    """The embedding of a model's input tokens.
+    """The embedding of a model's input tokens."""
+    return base.get_input_embeddings()  # type: ignore[operator]
 
-    Raises:
-        ValueError: it has none, or takes no embeddings in place of tokens.
+
+def check_takes_embeddings(base: nn.Module) -> None:
     """
-    words = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None  # type: ignore[operator]
-    if not isinstance(words, nn.Module):
-        raise ValueError(f"{type(base).__name__} has no embedding of input tokens, which virtual tokens would go beside.")
+    Raises:
+        ValueError: a model has no embedding of input tokens, or takes none in place of tokens.
+    """
+    name = type(base).__name__
+    if not isinstance(getattr(base, "get_input_embeddings", lambda: None)(), nn.Module):
+        raise ValueError(f"{name} has no embedding of input tokens, which virtual tokens would go beside.")
     taken = signature(base.forward).parameters
     if "inputs_embeds" not in taken and all(p.kind is not Parameter.VAR_KEYWORD for p in taken.values()):
-        raise ValueError(f"{type(base).__name__}.forward takes no `inputs_embeds`, so virtual tokens cannot be put before its input.")
-    return words
+        raise ValueError(f"{name}.forward takes no `inputs_embeds`, so virtual tokens cannot be put before its input.")
 
 
 def embedding_width(words: nn.Module) -> int:

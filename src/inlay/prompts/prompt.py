@@ -18,14 +18,12 @@ class Prompt(nn.Module):
     """The tensors that a method declared, on the meta device until `materialise` or a file gives them values.
 
     Attributes:
-        method: the configuration.
-        declared: the tensors by their names here; a dot in a name stands for a module of its own (``embedding.weight``).
+        method: the configuration, which declares the tensors.
     """
 
     def __init__(self, method: PromptMethod, dtype: torch.dtype) -> None:
         super().__init__()
         self.method = method
-        self.declared: dict[str, Param] = method.params()
         for name, param in self.declared.items():
             holder, leaf = self._holder(name)
             tensor = torch.empty(tuple(map(int, param.axes)), dtype=param.dtype or dtype, device="meta")
@@ -33,6 +31,12 @@ class Prompt(nn.Module):
                 holder.register_parameter(leaf, nn.Parameter(tensor))
             else:
                 holder.register_buffer(leaf, tensor, persistent=param.persistent)
+
+    @property
+    def declared(self) -> dict[str, Param]:
+        """The tensors by their names here; a dot in a name stands for a module of its own (``embedding.weight``)."""
+        # Asked for each time: declarations hold functions, which a pickle could not.
+        return self.method.params()
 
     def _holder(self, name: str) -> tuple[nn.Module, str]:
         """The module that has a tensor, made where it is absent, and the tensor's name in it."""
@@ -48,10 +52,8 @@ class Prompt(nn.Module):
         """The tensors that go to a file, with ``live`` in front of their live names."""
         return [Slot(p.key or name, live + name, *self._holder(name)) for name, p in self.declared.items() if p.persistent]
 
-    def materialise(self, words: nn.Module) -> None:
-        """Give initial values, on the device of the embedding of words, to tensors that have none yet."""
-        device = next((q.device for q in words.parameters()), torch.device("cpu"))
-        incomplete = False
+    def materialise(self, device: torch.device) -> None:
+        """Give memory and their declared initial values to tensors that have none yet."""
         for name, param in self.declared.items():
             holder, leaf = self._holder(name)
             table = holder._parameters if param.trainable else holder._buffers
@@ -59,14 +61,10 @@ class Prompt(nn.Module):
             assert old is not None
             if old.device.type != "meta":
                 continue
-            incomplete = True
             value = torch.empty(old.shape, dtype=param.dtype or torch.float32)
             param.init(value, generator_for(self.method.seed, name))
             value = value.to(device, old.dtype)
             table[leaf] = nn.Parameter(value, requires_grad=old.requires_grad) if param.trainable else value  # type: ignore[assignment]
-        if incomplete:
-            with torch.no_grad():
-                self.method.start(self, words)
 
     def with_values(self, state: dict[str, Tensor]) -> Prompt:
         """The same adapter with the values of a state dict.

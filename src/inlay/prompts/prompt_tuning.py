@@ -75,7 +75,7 @@ class PromptTuningConfig(PromptMethod):
         return {"embedding.weight": Param(shape, normal(), key="prompt_embeddings")}
 
     def start(self, p: Prompt, words: nn.Module) -> None:
-        # A saved adapter gets its values from its file, which must not make its reader fetch a tokenizer.
+        # The configuration of a saved adapter is somebody else's; it is not followed to a tokenizer.
         if self.prompt_tuning_init == PromptTuningInit.RANDOM or self.inference_mode:
             return
         embedding: Tensor = p.get_parameter("embedding.weight")

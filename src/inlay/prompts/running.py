@@ -28,7 +28,8 @@ def forward_with_prompt(peft_model: PeftModel, *args: Any, **kwargs: Any) -> Any
     base = peft_model.get_base_model()
     inputs = named(base.forward, args, kwargs)
     method, vectors = chosen(peft_model, inputs)
-    return base(**method.into_forward(inputs, vectors, words_of(base)))
+    outputs = base(**method.into_forward(inputs, vectors, words_of(base)))
+    return method.out_of_forward(outputs, inputs)
 
 
 def generate_with_prompt(peft_model: PeftModel, *args: Any, **kwargs: Any) -> Any:
