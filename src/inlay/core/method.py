@@ -208,6 +208,11 @@ class Method(PeftConfig):
         return (replace(self, **changes) if changes else self).variant()
 
     @property
+    def follows_ties(self) -> bool:
+        """Whether weights that are tied in the base get one adapter in common."""
+        return self.ensure_weight_tying
+
+    @property
     def never_identity(self) -> str:
         """Why an adapter with these options cannot start as the base; empty where it does."""
         return ""
@@ -225,7 +230,7 @@ class Method(PeftConfig):
     def start(self, p: Adapter) -> None:
         """Set what the initial values of single tensors cannot know: called once all of them are there."""
 
-    def default_targets(self) -> dict[str, list[str]]:
+    def default_targets(self) -> dict[str, list[str] | str]:
         """The modules to adapt where none are named, by ``model_type`` of the base."""
         from .targets import DEFAULT_TARGETS
 

@@ -80,7 +80,7 @@ class Plan:
         self.model, self.config, self.on_meta, self.autocast = model, config, on_meta, autocast_adapter_dtype
         self.modules = dict(base_modules(model))
         self.tied = tied_paths(model)
-        self.follows_ties = bool(getattr(config, "ensure_weight_tying", False))
+        self.follows_ties = isinstance(config, Method) and config.follows_ties
 
     def parts(self, only: Collection[str] | None = None) -> list[Part]:
         """All parts; those on weights only at the modules named in ``only``, if it is given.

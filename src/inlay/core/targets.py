@@ -20,7 +20,8 @@ NO_TARGETS = "dummy-target-modules"
 
 # The modules that are adapted where a configuration names none, by `model_type` of the base.
 _QKV = ["q_proj", "v_proj"]
-DEFAULT_TARGETS: dict[str, list[str]] = {
+# A regular expression keeps out a part of the base, such as what sees and hears.
+DEFAULT_TARGETS: dict[str, list[str] | str] = {
     "t5": ["q", "v"], "mt5": ["q", "v"], "umt5": ["q", "v"], "bart": _QKV, "opt": _QKV, "blip-2": ["q", "v", *_QKV],
     "gpt2": ["c_attn"], "gpt_bigcode": ["c_attn"], "bloom": ["query_key_value"], "gpt_neox": ["query_key_value"],
     "gptj": _QKV, "gpt_neo": _QKV, "bert": ["query", "value"], "roberta": ["query", "value"], "camembert": ["query", "value"],
@@ -29,8 +30,10 @@ DEFAULT_TARGETS: dict[str, list[str]] = {
     "modernbert": ["Wqkv"], "llama": _QKV, "llama4": _QKV, "mistral": _QKV, "ministral": _QKV, "mistral3": _QKV,
     "mixtral": _QKV, "chatglm": ["query_key_value"], "falcon": ["query_key_value"], "mpt": ["Wqkv"], "stablelm": _QKV,
     "btlm": ["c_proj", "c_attn"], "codegen": ["qkv_proj"], "phi": ["q_proj", "v_proj", "fc1", "fc2"], "phi3": ["qkv_proj"],
-    "gemma": _QKV, "gemma2": _QKV, "gemma3_text": _QKV, "gemma3": _QKV, "gemma4": _QKV, "qwen": ["c_attn"], "qwen2": _QKV,
-    "qwen2_moe": _QKV, "qwen3": _QKV, "qwen3_moe": _QKV, "rwkv": ["key", "value", "receptance", "output"],
+    "gemma": _QKV, "gemma2": _QKV, "gemma3_text": _QKV, "gemma3": _QKV, "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "qwen": ["c_attn"], "qwen2": _QKV, "RefinedWeb": ["query_key_value"], "RefinedWebModel": ["query_key_value"],
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"], "qwen2_moe": _QKV, "qwen3": _QKV, "qwen3_moe": _QKV,
+    "rwkv": ["key", "value", "receptance", "output"],
     "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"], "cohere": _QKV, "olmo2": _QKV, "olmo3": _QKV, "granite": _QKV,
     "vit": ["query", "value"], "whisper": _QKV, "gpt_oss": _QKV, "deepseek_v3": ["q_a_proj", "q_b_proj", "kv_b_proj"],
 }  # fmt: skip
@@ -208,7 +211,8 @@ def effective_targets(model: nn.Module, config: Method) -> Collection[str]:
         if config.trainable_token_indices:
             return set()
         raise ValueError(f"Please specify `target_modules`: there is no default for architecture {model_type!r}.")
-    return set(table[str(model_type)])
+    names = table[str(model_type)]
+    return names if isinstance(names, str) else set(names)
 
 
 def architecture(model: nn.Module) -> str | None:

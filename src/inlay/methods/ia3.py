@@ -63,7 +63,7 @@ class IA3Config(Method):
             if lost:
                 raise ValueError(f"feedforward_modules {lost} are not among the target_modules.")
 
-    def default_targets(self) -> dict[str, list[str]]:
+    def default_targets(self) -> dict[str, list[str] | str]:
         return {base: f"{outputs} {inputs}".split() for base, (outputs, inputs) in _DEFAULTS.items()}
 
     def prepare(self, base: nn.Module) -> None:

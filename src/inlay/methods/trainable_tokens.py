@@ -38,7 +38,14 @@ class TrainableTokensConfig(Method):
     as_part: bool = field(default=False, repr=False, metadata={"help": "Internal: the rows stand beside another method."})
 
     prefix: ClassVar[str] = "trainable_tokens_"
-    ours: ClassVar[frozenset[str]] = Method.ours | {"as_part", "layers_to_transform", "layers_pattern"}
+    ours: ClassVar[frozenset[str]] = Method.ours | {
+        "as_part", "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save",
+    }  # fmt: skip
+
+    @property
+    def follows_ties(self) -> bool:
+        # A token that is read and scored by one weight would otherwise become two.
+        return True
 
     def prepare(self, base: nn.Module) -> None:
         if self.target_modules is None:

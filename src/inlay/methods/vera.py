@@ -59,6 +59,9 @@ class VeraConfig(LowRank):
     def dropout(self) -> float:
         return self.vera_dropout
 
+    def default_targets(self) -> dict[str, list[str] | str]:
+        return super().default_targets() | {"phi": ["q_proj", "v_proj"]}
+
     def shared(self, sites: Sequence[Site]) -> nn.Module:
         """A and B for the widest of the layers; the others use a corner of them."""
         generator = torch.Generator().manual_seed(self.projection_prng_key)

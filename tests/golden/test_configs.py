@@ -1,0 +1,61 @@
+"""The fields of every configuration, against the real library."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, asdict, fields
+from typing import Any
+
+import peft
+import pytest
+
+import inlay.methods  # noqa: F401  registers them
+from inlay.core.config import CONFIGS
+from inlay.core.method import METHODS
+
+
+def default(f: Field[Any]) -> Any:
+    value = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_fields(name: str) -> None:
+    theirs = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)]
+    assert CONFIGS[name].__name__ == theirs.__name__
+    its = {f.name: default(f) for f in fields(theirs)}
+    mine = {f.name: default(f) for f in fields(CONFIGS[name])}
+    assert its.keys() <= mine.keys(), "fields of the real library are missing"
+    assert mine.keys() - its.keys() == CONFIGS[name].ours & mine.keys(), "`ours` must name what the real library does not know"
+    # Which method it is stands in the class there and in the field here.
+    assert {k: v for k, v in its.items() if k != "peft_type"} == {k: mine[k] for k in its if k != "peft_type"}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_fresh_file_has_the_fields_of_the_real_library(name: str) -> None:
+    theirs = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)]
+    written = CONFIGS[name]().to_file()
+    assert written["peft_type"] == name
+    assert written.keys() == {f.name for f in fields(theirs)} - {"runtime_config"}
+    theirs(**{k: v for k, v in written.items() if k not in ("peft_type", "auto_mapping")})
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_default_targets(name: str) -> None:
+    its = getattr(peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(name)], "target_module_mapping", None)
+    if its is not None:
+        mine = CONFIGS[name]().default_targets()
+        assert {base: mine[base] for base in its} == its
+
+
+def test_ia3_knows_the_same_architectures() -> None:
+    from peft.utils.constants import (
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+        TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    )
+
+    from inlay.methods.ia3 import _DEFAULTS, IA3Config
+
+    mine = {base: set(names) for base, names in IA3Config().default_targets().items()}
+    assert mine == {base: set(names) for base, names in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.items()}
+    inputs = {base: set(inputs.split()) for base, (_, inputs) in _DEFAULTS.items()}
+    assert inputs == {base: set(names) for base, names in TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.items()}
