@@ -7,9 +7,10 @@ of the one whose place it takes, so configuration, tensors and what is saved fro
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from .. import PeftModel, load_peft_weights
 from ..core.config import PeftConfig
 from ..core.inlaid import Adapter, Place, places
-from ..core.method import Method, Param
 from ..formats.state import PREFIX
+from ..methods.lora import LoraConfig
 from .functions import infer_device
 
 # Options that change what is computed from the tensors, beyond ranks and scales.
@@ -54,7 +55,7 @@ def prepare_model_for_compiled_hotswap(
     Args:
         model: has the first adapter.
         target_rank: the rank; the adapters' own where None.
-        config: the configuration, or several by adapter name, to be brought up to date.
+        config: for HF's signature; the configurations of the model's adapters are brought up to date in any case.
         check_compiled: what to do about a model that is compiled already.
 
     Raises:
@@ -68,21 +69,19 @@ def prepare_model_for_compiled_hotswap(
             warnings.warn(f"{message}: it will be compiled again.")
         elif check_compiled != "ignore":
             raise ValueError(f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r} instead.")
-    found = [(p, n) for p in _lora_places(model) for n in p.adapters if _is_lora(p.adapters[n])]
+    found = _lora_adapters(model)
     if not found:
         raise ValueError("No adapter layers found on the model: load the first adapter, then prepare the model, then load the second.")
     if target_rank is None:
         return
-    too_large = next((p.path for p, n in found if p.adapters[n].method.r > target_rank), None)
+    too_large = next((one.place.path for one in found if one.method.r > target_rank), None)
     if too_large is not None:
         raise ValueError(f"The adapter on {too_large!r} has a larger rank than {target_rank}; give the largest one.")
-    scaled = {n: {p.path: p.adapters[n].method.scaling for p, other in found if other == n} for _, n in found}
-    for place, name in found:
-        grow(place.adapters[name], target_rank)
-    configs = config if isinstance(config, dict) else {} if config is None else dict.fromkeys(scaled, config)
-    for name, of_name in configs.items():
-        if name in scaled:
-            _set_rank(of_name, target_rank, scaled[name])
+    for one in found:
+        grow(one.adapter, target_rank)
+    configs = found[0].place.session.configs
+    for name in {one.name for one in found}:
+        _set_rank(configs[name], target_rank, {one.place.path: one.method.scaling for one in found if one.name == name})
 
 
 def hotswap_adapter_from_state_dict(
@@ -101,34 +100,37 @@ def hotswap_adapter_from_state_dict(
         ValueError: the adapter is merged, or its scale is 0, so that nothing could be folded into it.
         RuntimeError: a tensor has no place here. The adapter is as it was.
     """
-    found = [(p, a) for p in _lora_places(model) if (a := p.adapters.get(adapter_name)) is not None and _is_lora(a)]
-    if any(adapter_name in place.merged for place, _ in found):
+    found = [one for one in _lora_adapters(model) if one.name == adapter_name]
+    if any(adapter_name in one.place.merged for one in found):
         raise ValueError(f"Cannot hot-swap adapter {adapter_name!r} while it is merged; unmerge it first.")
+    if any(one.method.scaling == 0 for one in found):
+        raise ValueError(f"Adapter {adapter_name!r} has lora_alpha=0, so nothing that takes its place can have an effect.")
     given = {_plain(key, adapter_name): tensor for key, tensor in state_dict.items()}
-    known = {f"{p.in_file}.{q.key or own}": (p, a, own) for p, a in found for own, q in a.declared.items()}
-    unexpected = sorted(set(given) - set(known))
+    keys = [{own: f"{one.place.in_file}.{param.key or own}" for own, param in one.adapter.declared.items()} for one in found]
+    unexpected = sorted(set(given) - {key for of_one in keys for key in of_one.values()})
     if unexpected:
         shown = ", ".join(unexpected[:5]) + (f" and {len(unexpected) - 5} more" if len(unexpected) > 5 else "")
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {shown}.")
-    if any(a.method.scaling == 0 for _, a in found):
-        raise ValueError(f"Adapter {adapter_name!r} has lora_alpha=0, so nothing that takes its place can have an effect.")
+    for one, of_one in zip(found, keys, strict=True):
+        _swap(one, {own: given[key] for own, key in of_one.items() if key in given}, config.at(one.place.path))
 
-    for place, adapter in found:
-        new = config.at(place.path)
-        tensors = {own: given[key] for key, (p, a, own) in known.items() if a is adapter and key in given}
-        rank = _rank(tensors, place, adapter, new)
-        if rank > adapter.method.r:
-            grow(adapter, rank)
-        ratio = new.scaling / adapter.method.scaling
-        declared = replace_rank(adapter.method, rank).params(place.site)
-        with torch.no_grad():
-            for own in adapter.declared:
-                getattr(adapter, own).zero_()
-                if own in tensors:
-                    _copy_into(getattr(adapter, own), declared[own], place, tensors[own], ratio if own in SCALED else 1.0)
-            if "lora_magnitude_vector" in adapter.declared and "lora_magnitude_vector" not in tensors:
-                # A layer that the new adapter leaves alone.
-                adapter.method.start(adapter)
+
+def _swap(one: _Lora, tensors: Mapping[str, Tensor], new: LoraConfig) -> None:
+    """New values for the adapter on one layer; those that are not given are 0."""
+    site, rank = one.place.site, _rank(one, tensors)
+    if rank > one.method.r:
+        grow(one.adapter, rank)
+    ratio = new.scaling / one.method.scaling
+    declared = replace_rank(one.method, rank).params(site)
+    with torch.no_grad():
+        for own in one.adapter.declared:
+            target = getattr(one.adapter, own).zero_()
+            if own in tensors:
+                value = declared[own].from_file(site, tensors[own].to(target.device)) * (ratio if own in SCALED else 1.0)
+                target[tuple(slice(n) for n in value.shape)] = value.to(target.dtype)
+        if "lora_magnitude_vector" in one.adapter.declared and "lora_magnitude_vector" not in tensors:
+            # DoRA's layers start at the norms of the base.
+            one.method.start(one.adapter)
 
 
 def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any) -> None:
@@ -144,39 +146,31 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------------
-def replace_rank(method: Method, rank: int) -> Any:
+def replace_rank(method: LoraConfig, rank: int) -> LoraConfig:
     """The method with another rank and the same scale."""
     one = replace(method, r=rank, lora_alpha=1.0, rank_pattern={}, alpha_pattern={}, init_lora_weights=True)
-    return replace(one, lora_alpha=method.scaling / one.scaling).variant()  # type: ignore[attr-defined]
+    return cast(LoraConfig, replace(one, lora_alpha=method.scaling / one.scaling).variant())
 
 
 def grow(adapter: Adapter, rank: int) -> None:
     """Pad an adapter with zeros to a larger rank; what it does stays the same."""
-    old = adapter.declared
-    adapter.method = replace_rank(adapter.method, rank)
+    adapter.method = replace_rank(cast(LoraConfig, adapter.method), rank)
     adapter.__dict__.pop("_declared", None)
     for own, param in adapter.declared.items():
-        tensor = getattr(adapter, own)
-        shape = param.shape(adapter.site)
-        if own in old and tuple(tensor.shape) != shape:
+        tensor, shape = getattr(adapter, own), param.shape(adapter.site)
+        if tuple(tensor.shape) != shape:
             padded = tensor.new_zeros(shape)
             padded[tuple(slice(n) for n in tensor.shape)] = tensor.detach()
             adapter._parameters[own] = nn.Parameter(padded, requires_grad=tensor.requires_grad)
 
 
-def _rank(tensors: Mapping[str, Tensor], place: Place, adapter: Adapter, new: Any) -> int:
-    """The rank of the new tensors: what they have themselves, or else what their configuration says."""
-    own = adapter.method.names(place.site)[0]  # type: ignore[attr-defined]
+def _rank(one: _Lora, tensors: Mapping[str, Tensor]) -> int:
+    """The rank of the new tensors. A rank more is as many rows more of A in every layout."""
+    own = one.method.names(one.place.site)[0]
     if own not in tensors:
-        return min(new.r, adapter.method.r)  # type: ignore[attr-defined]
-    # A rank more is a row more of A, in every layout.
-    per_rank = adapter.declared[own].shape_in_file(place.site)[0] // adapter.method.r or 1  # type: ignore[attr-defined]
-    return tensors[own].shape[0] // per_rank
-
-
-def _copy_into(own: Tensor, declared: Param, place: Place, tensor: Tensor, factor: float) -> None:
-    value = declared.from_file(place.site, tensor.to(own.device)) * factor
-    own[tuple(slice(n) for n in value.shape)] = value.to(own.dtype)
+        return one.method.r
+    rows_per_rank = one.adapter.declared[own].shape_in_file(one.place.site)[0] // one.method.r
+    return tensors[own].shape[0] // rows_per_rank
 
 
 def _set_rank(config: Any, rank: int, scales: Mapping[str, float]) -> None:
@@ -184,26 +178,34 @@ def _set_rank(config: Any, rank: int, scales: Mapping[str, float]) -> None:
     unit = replace(config, r=rank, lora_alpha=1.0, rank_pattern={}, alpha_pattern={}).scaling
     alphas = {path: scale / unit for path, scale in scales.items()}
     config.r, config.rank_pattern = rank, {}
-    config.lora_alpha = max(set(alphas.values()), key=list(alphas.values()).count)
+    config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
     config.alpha_pattern = {f"^{path}": alpha for path, alpha in alphas.items() if alpha != config.lora_alpha}
 
 
 # ---- finding --------------------------------------------------------------------------------------------------------------
+class _Lora(NamedTuple):
+    """A LoRA adapter on one layer."""
+
+    name: str
+    place: Place
+    adapter: Adapter
+
+    @property
+    def method(self) -> LoraConfig:
+        return cast(LoraConfig, self.adapter.method)
+
+
 def _bare(model: nn.Module) -> Any:
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _lora_places(model: nn.Module) -> list[Place]:
-    return [p for p in places(_bare(model)) if isinstance(p, Place)]
-
-
-def _is_lora(adapter: Adapter) -> bool:
-    return adapter.method.peft_type == "LORA"
+def _lora_adapters(model: nn.Module) -> list[_Lora]:
+    found = [p for p in places(_bare(model)) if isinstance(p, Place)]
+    return [_Lora(n, p, a) for p in found for n, a in p.adapters.items() if a.method.peft_type == "LORA"]
 
 
 def _plain(key: str, adapter_name: str) -> str:
     """The key as in a file, without HF's prefix."""
-    key = key.removeprefix("_orig_mod.").removeprefix(PREFIX)
-    parts = key.split(".")
+    parts = key.removeprefix("_orig_mod.").removeprefix(PREFIX).split(".")
     return ".".join(part for i, part in enumerate(parts) if not (part == adapter_name and i and parts[i - 1].startswith("lora_")))

@@ -93,6 +93,16 @@ class Adapter(nn.Module):
         # Declarations hold functions, which do not travel; they are made again from the method.
         return {k: v for k, v in self.__dict__.items() if k != "_declared"}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        def keeping_digits(t: Tensor) -> Tensor:
+            # A base that is stored in 8 bits (diffusers does so between two steps) takes its layers' children with it.
+            to = fn(t.new_empty(0))
+            if t.is_floating_point() and to.is_floating_point() and to.dtype.itemsize == 1 < t.dtype.itemsize:
+                return t.to(to.device)
+            return fn(t)
+
+        return super()._apply(keeping_digits, recurse)  # type: ignore[return-value]
+
     @property
     def shared(self) -> Any:
         return self._shared[0]

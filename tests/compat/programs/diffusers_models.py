@@ -180,6 +180,10 @@ def pipelines(folder: Path) -> dict[str, Any]:
 
 
 def main(folder: Path) -> dict[str, Any]:
+    stored = unet()
+    stored.load_lora_adapter(tensors(unet(), 4, 1), prefix=None, adapter_name="a")
+    stored.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    cast = {"in 8 bits": picture(stored), "adapters in": sorted({str(q.dtype) for n, q in stored.named_parameters() if "lora_" in n})}
     sizes = (1, 7, 12, 36, 64, 127, 360, 768, 1000)
     factors = [list(factorization(n, factor)) for n in sizes for factor in (-1, 2, 4, 5, 8, 16)]
-    return models(folder) | hotswapping(folder) | pipelines(folder) | {"factorization": factors}
+    return models(folder) | hotswapping(folder) | pipelines(folder) | cast | {"factorization": factors}

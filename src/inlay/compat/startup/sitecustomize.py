@@ -12,7 +12,7 @@ if os.environ.get("INLAY_AS_PEFT") == "1":
 # Python runs one module of this name; another one that this stood in front of has its turn now.
 this = sys.modules.pop(__name__)
 try:
-    import sitecustomize  # noqa: F401
+    import sitecustomize  # noqa: F401  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as missing:
     if missing.name != __name__:
         raise
