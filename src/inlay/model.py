@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,9 @@ class PeftModel(nn.Module):
     """
 
     # Modules that a task's head goes by; retrained with every adapter.
-    heads: tuple[str, ...] = ()
+    heads: ClassVar[tuple[str, ...]] = ()
+    # How HF's class of the task names positional arguments, whatever the base's own order is.
+    positional: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -138,6 +140,9 @@ class PeftModel(nn.Module):
         Args:
             adapter_names: for each row of the batch the adapter that acts on it; ``"__base__"`` for none.
         """
+        if len(args) > 1:
+            kwargs |= dict(zip(self.positional, args, strict=False))
+            args = args[len(self.positional) :]
         with self._rows(adapter_names):
             if self._prompted():
                 from .prompts import forward_with_prompt
@@ -242,17 +247,9 @@ class PeftModel(nn.Module):
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
-        if self._is_prompt_learning:
-            from .prompts import prompt_layer_status
-
-            return [prompt_layer_status(self), *get_layer_status(self)]
         return get_layer_status(self)
 
     def get_model_status(self) -> TunerModelStatus:
-        if self._is_prompt_learning:
-            from .prompts import prompt_model_status
-
-            return prompt_model_status(self)
         return get_model_status(self)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
@@ -465,27 +462,42 @@ def _fill_existing(model: PeftModel, tensors: Mapping[str, Tensor], name: str, s
 class PeftModelForCausalLM(PeftModel):
     """For models that predict the next token."""
 
+    positional = ("input_ids", "attention_mask", "inputs_embeds", "labels")
+
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """For encoder-decoder models."""
+
+    positional = (
+        "input_ids",
+        "attention_mask",
+        "inputs_embeds",
+        "decoder_input_ids",
+        "decoder_attention_mask",
+        "decoder_inputs_embeds",
+        "labels",
+    )
 
 
 class PeftModelForSequenceClassification(PeftModel):
     """For one label a sequence; the classifier is retrained with the adapter."""
 
     heads = ("classifier", "score")
+    positional = ("input_ids", "attention_mask", "inputs_embeds", "labels")
 
 
 class PeftModelForTokenClassification(PeftModel):
     """For one label a token; the classifier is retrained with the adapter."""
 
     heads = ("classifier", "score")
+    positional = ("input_ids", "attention_mask", "inputs_embeds", "labels")
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """For spans of a text; the output layer is retrained with the adapter."""
 
     heads = ("qa_outputs",)
+    positional = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "start_positions", "end_positions")
 
 
 class PeftModelForFeatureExtraction(PeftModel):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
 from .core.inlaid import AnyPlace, Retrained, host_class, host_of, places, session_of
+from .core.session import Session
 from .core.targets import bare_model
 
 Irregular = Literal["irregular"]
@@ -63,21 +64,33 @@ def _one(values: Iterable[bool | Irregular]) -> bool | Irregular:
     return found.pop() if len(found) == 1 else "irregular"
 
 
-def _layer(place: AnyPlace, prefix: str) -> TunerLayerStatus:
-    tensors = {n: list(a.parameters()) for n, a in place.adapters.items()}
-    host = host_class(host_of(place))
-    backend = None if isinstance(place, Retrained) or place.site.store.dense else type(place.site.store).__name__
+def _layer(
+    name: str, kind: str, session: Session, adapters: Mapping[str, nn.Module], merged: Sequence[str] = (), backend: str | None = None
+) -> TunerLayerStatus:
+    tensors = {n: list(a.parameters()) for n, a in adapters.items()}
     return TunerLayerStatus(
-        name=f"{prefix}{place.path}",
-        module_type=f"{host.__module__.partition('.')[0]}.{host.__name__}",
-        enabled=place.session.enabled,
-        active_adapters=list(place.session.active),
-        merged_adapters=list(place.merged),
+        name=name,
+        module_type=kind,
+        enabled=session.enabled,
+        active_adapters=list(session.active),
+        merged_adapters=list(merged),
         requires_grad={n: _one(q.requires_grad for q in qs) for n, qs in tensors.items() if qs},
-        available_adapters=sorted(place.adapters),
+        available_adapters=sorted(adapters),
         devices={n: sorted({q.device.type for q in qs}) for n, qs in tensors.items()},
         quantization_backend=backend,
     )
+
+
+def _of_place(place: AnyPlace, prefix: str) -> TunerLayerStatus:
+    host = host_class(host_of(place))
+    backend = None if isinstance(place, Retrained) or place.site.store.dense else type(place.site.store).__name__
+    kind = f"{host.__module__.partition('.')[0]}.{host.__name__}"
+    return _layer(f"{prefix}{place.path}", kind, place.session, place.adapters, place.merged, backend)
+
+
+def _prompts(model: nn.Module) -> Mapping[str, nn.Module]:
+    """Prompts are one layer, in front of the base's first."""
+    return model._modules.get("prompt_encoder") or {}  # type: ignore[return-value]
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -87,9 +100,11 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         ValueError: the model has no adapters.
     """
     base = bare_model(model)
-    if session_of(base) is None:
-        raise ValueError("No adapter layers found in the model; adapters have not been set into it.")
-    return [_layer(p, "" if base is model else "model.") for p in places(base)]
+    session = session_of(base)
+    if session is None:
+        raise ValueError("This model has no adapters; set one into it with `get_peft_model`.")
+    prompts = [_layer("prompt_encoder", "inlay.Prompt", session, _prompts(model))] if _prompts(model) else []
+    return [*prompts, *(_of_place(p, "" if base is model else "model.") for p in places(base))]
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
@@ -108,7 +123,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     backends = {layer.quantization_backend for layer in layers}
     return TunerModelStatus(
         base_model_type=host_class(base).__name__,
-        adapter_model_type=type(model._modules["base_model"]).__name__ if base is not model else "None",
+        adapter_model_type="Prompt" if _prompts(model) else "None" if base is model else type(model._modules["base_model"]).__name__,
         peft_types={n: str(c.peft_type) for n, c in session.configs.items()},
         trainable_params=sum(q.numel() for q in parameters if q.requires_grad),
         total_params=sum(q.numel() for q in parameters),

@@ -264,3 +264,14 @@ def test_nothing_is_imported_because_a_file_asks_for_it(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="load the base yourself"):
         inlay.AutoPeftModel.from_pretrained(tmp_path)
+
+
+def test_tied_retrained_ends_stay_one_weight_after_loading(tmp_path):
+    config = inlay.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    model = inlay.get_peft_model(llama(tie_word_embeddings=True), config)
+    stir(model)
+    model.save_pretrained(tmp_path)
+    loaded = inlay.PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path, is_trainable=True)
+    base = loaded.get_base_model()
+    assert base.lm_head.adapters["default"].weight is base.model.embed_tokens.adapters["default"].weight
+    assert torch.equal(logits(loaded.eval(), ids()), logits(model.eval(), ids()))

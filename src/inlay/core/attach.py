@@ -61,6 +61,9 @@ def attach(
         fill(parts)
         for part in parts:
             materialise(part)
+    for part in parts:
+        if part.shares_weight_of is not None:
+            part.adapter._parameters["weight"] = part.shares_weight_of.adapter._parameters["weight"]
     if not session.configs:
         own = {id(q) for q in _adapter_parameters(model)}
         session.frozen = [q for q in model.parameters() if q.requires_grad and id(q) not in own]

@@ -191,7 +191,12 @@ class PeftConfig:
         from ..formats.folder import CONFIG_NAME, hub_options, locate, read_json
 
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub_options(kwargs))
-        return cls.from_peft_type(**read_json(path))
+        plain = read_json(path)
+        if isinstance(plain.get("tokenizer_kwargs"), dict) and plain["tokenizer_kwargs"].pop("trust_remote_code", None):
+            warnings.warn(
+                f"{path} asks to trust code that comes with a tokenizer. Only you can: set `tokenizer_kwargs` yourself.", stacklevel=2
+            )
+        return cls.from_peft_type(**plain)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:

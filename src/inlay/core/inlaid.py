@@ -207,7 +207,8 @@ class Place:
             return Inner(site, lambda x: site.apply(x, *site.read()), site.read, bias=site.bias)
         dense = None
         if bare and self.plain and not further:
-            weight = site.module._parameters["weight"]
+            # A parametrization has no such parameter and computes its weight.
+            weight = site.module._parameters.get("weight")
             if type(weight) is nn.Parameter or type(weight) is Tensor:
                 dense = weight, site.module._parameters["bias"]
         return Inner(site, (lambda x: call(x, *args, **(kwargs or {}))) if further else call, site.read, dense, site.bias)
@@ -403,8 +404,6 @@ class Inlaid:
         return self._reading(call, args, kwargs)
 
     def _reading(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.compiler.is_compiling():
-            return call(*args, **kwargs)
         session = next(iter(self._inlay.values())).session
         rows = session.choice().rows
 
@@ -413,7 +412,11 @@ class Inlaid:
                 return self._reading(call, a, k)
 
         if rows is not None:
+            if getattr(self, "batch_first", True) is False:
+                raise ValueError("An adapter for each row needs the batch in front, and this attention has it behind (batch_first=False).")
             return by_rows(rows, run, args, kwargs)
+        if torch.compiler.is_compiling():
+            return call(*args, **kwargs)
         token = _read.set({})
         try:
             return call(*args, **kwargs)

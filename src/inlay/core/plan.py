@@ -32,6 +32,7 @@ class Part:
         path: the host's name in the model.
         site: None where the whole module is retrained.
         in_file: what a file calls the host.
+        shares_weight_of: the retrained module that this one is tied to.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Part:
     site: Site | None
     adapter: nn.Module
     in_file: str
+    shares_weight_of: Part | None = None
 
     @property
     def key(self) -> str:
@@ -204,7 +206,7 @@ class Plan:
         if self.follows_ties:
             for end, source in self.tied.items():
                 if end in found and source in found:
-                    found[end].adapter._parameters["weight"] = found[source].adapter._parameters["weight"]
+                    found[end].shares_weight_of = found[source]
         return list(found.values())
 
     def _named(self, name: str, option: str, required: bool = True) -> list[str]:
@@ -256,6 +258,8 @@ def materialise(part: Part) -> None:
         host = part.module.get_submodule(path)
         for table, own in ((copied._parameters, host._parameters), (copied._buffers, host._buffers)):
             for key, tensor in table.items():
-                if tensor is not None and tensor.device.type == "meta":
-                    value = own[key].detach().to(tensor.dtype, copy=True)  # type: ignore[union-attr]
-                    table[key] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value  # type: ignore[assignment]
+                if tensor is not None:
+                    # A file's values came to the CPU, wherever the host is.
+                    source = own[key].detach() if tensor.device.type == "meta" else tensor.detach()  # type: ignore[union-attr]
+                    value = source.to(own[key].device, tensor.dtype, copy=tensor.device.type == "meta")  # type: ignore[union-attr]
+                    table[key] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value  # type: ignore[assignment]

@@ -7,9 +7,15 @@ from .adapters import attach_prompt, load_prompt, prompt_tensors, show_trainable
 from .method import PromptMethod
 from .prompt import Prompt
 from .running import forward_with_prompt, generate_with_prompt
-from .status import prompt_layer_status, prompt_model_status
 
 __all__ = [
-    "Prompt", "PromptMethod", "attach_prompt", "forward_with_prompt", "generate_with_prompt", "load_prompt", "prompt_layer_status",
-    "prompt_model_status", "prompt_tensors", "prompt_tuning", "show_trainable",
-]  # fmt: skip
+    "Prompt",
+    "PromptMethod",
+    "attach_prompt",
+    "forward_with_prompt",
+    "generate_with_prompt",
+    "load_prompt",
+    "prompt_tensors",
+    "prompt_tuning",
+    "show_trainable",
+]
