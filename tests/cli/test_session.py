@@ -24,6 +24,7 @@ def test_train_writes_all_that_it_promises(session: Any) -> None:
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-8"]
     config = json.loads((run / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"], config["lora_dropout"]) == ("LORA", 4, 8, 0.1)
+    assert isinstance(config["lora_alpha"], int)
     assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
 
 

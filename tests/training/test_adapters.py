@@ -32,6 +32,12 @@ def test_typed_values_become_the_fields_types(field: str, typed: Any, value: Any
     assert (set(found) if isinstance(value, set) else found) == value
 
 
+@pytest.mark.parametrize("typed", ["32", 32])
+def test_whole_numbers_stay_whole(typed: Any) -> None:
+    """Some readers of adapter_config.json take a whole lora_alpha only."""
+    assert repr(build_config("lora", {"lora_alpha": typed}).lora_alpha) == "32"
+
+
 def test_the_task_is_causal_language_modelling_unless_told() -> None:
     assert build_config("lora", {}).task_type == "CAUSAL_LM"
 

@@ -89,5 +89,5 @@ def test_the_running_mean_starts_at_the_first_value() -> None:
 
 
 def test_figures_read_well() -> None:
-    assert [figure(0.1234, "token accuracy"), figure(12345.6), figure(1.23456), figure(None)] == ["12.3 %", "12,346", "1.235", "–"]
+    assert [figure(0.1234, "token accuracy"), figure(12345.6), figure(1.23456), figure(None)] == ["12.3 %", "12,346", "1.23", "–"]
     assert [duration(4.2), duration(65), duration(7260)] == ["4.2 s", "1 min 5 s", "2 h 1 min"]

@@ -71,7 +71,7 @@ def show(result: Any, screen: Any) -> None:
     facts = result.as_dict()
     if facts["answers"]:
         made = table("prompt", *(["reference"] if result.rows else []), "base", "tuned")
-        made.show_lines = True
+        made.padding = (0, 2, 1, 0)  # a blank line between the rows
         for row in facts["answers"][-SHOWN:] if not result.rows else facts["answers"][:SHOWN]:
             cells = [short(row["prompt"]), *([short(row["reference"] or "–")] if result.rows else [])]
             for answer, hit in ((row["base"], row["base_exact"]), (row["tuned"], row["tuned_exact"])):

@@ -87,7 +87,8 @@ def _read_value(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, str):
         value = _from_text(value, hint)
     try:
-        return TypeAdapter(hint).validate_python(value)
+        checked = TypeAdapter(hint).validate_python(value)
+        return value if isinstance(value, int) and checked == value else checked  # lora_alpha: 32 is not written as 32.0
     except ValidationError as error:
         expected = "; ".join(dict.fromkeys(detail["msg"].lower() for detail in error.errors()))
         raise InputError(f"--{name.replace('_', '-')} {value}: {expected}.") from None

@@ -41,7 +41,7 @@ def figure(value: float | None, metric: str = "") -> str:
         return "–"
     if metric in PERCENT_METRICS:
         return f"{100 * value:.1f} %"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def change(value: float, metric: str) -> str:
