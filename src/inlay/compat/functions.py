@@ -164,7 +164,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
     """Which modules FSDP is to shard each for itself: the model's blocks, by ``FSDP_TRANSFORMER_CLS_TO_WRAP`` or its own list.
 
     Adapters stay with the layer that they sit in, which is what reads them; so blocks have frozen and trained parameters
-    together, which asks for ``fsdp_use_orig_params: true`` (the default of accelerate).
+    together, which FSDP 1 takes with ``fsdp_use_orig_params: true`` only (not accelerate's default), and FSDP 2 as it is.
 
     Raises:
         TypeError: a class that is named is not in the model.
