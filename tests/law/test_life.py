@@ -15,7 +15,7 @@ from inlay.core.attach import activate, attach, detach
 from inlay.core.inlaid import Inlaid, session_of
 
 from .layouts import Layout
-from .support import BY_NAME, acting, adapted, adapters, add, close, config_of, differs, every_pair, jitter, over
+from .support import BY_NAME, acting, adapted, adapter_places, adapters, add, close, config_of, differs, every_pair, jitter, over
 
 
 def saved(model: nn.Module) -> nn.Module:
@@ -94,6 +94,34 @@ def test_a_hook_on_the_instance_keeps_running(case: str, layout: Layout) -> None
     assert calls
     detach(model, "a")
     assert model.host.forward is hooked
+
+
+def test_a_computed_weight_is_adapted_and_not_merged() -> None:
+    """A parametrization computes the weight from other tensors; there is no place to merge into."""
+    layout = Layout("weight-norm", lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)), BY_NAME["linear"].inputs)
+    model, example = adapted("LORA", layout), layout.example()
+    (place,) = adapter_places(model)
+    w, b = place.fold(("a",))
+    close(model(*example), torch.nn.functional.linear(example[0], w, b))
+    assert differs(model(*example), layout.model()(*example))
+    with pytest.raises(TypeError, match="computed"):
+        place.merge(("a",))
+    close(model(*example), torch.nn.functional.linear(example[0], w, b))
+
+
+def test_an_embedding_that_shortens_its_rows_is_refused() -> None:
+    layout = Layout("max-norm", lambda: nn.Embedding(9, 8, max_norm=1.0), BY_NAME["embedding"].inputs)
+    with pytest.raises(ValueError, match="max_norm"):
+        adapted("LORA", layout)
+
+
+def test_rows_need_the_batch_in_front() -> None:
+    layout = Layout("behind", lambda: nn.MultiheadAttention(8, 2), lambda: (torch.randn(3, 4, 8),), BY_NAME["attention"].call)
+    model, example = adapted("LORA", layout), layout.example()
+    session = session_of(model)
+    assert session is not None
+    with session.local(rows=["a", "a", "a"]), pytest.raises(ValueError, match="batch in front"):
+        model(*example)
 
 
 def test_names_and_order_of_activation() -> None:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from inlay.core.attach import attach
 from inlay.core.inlaid import session_of
+from inlay.core.session import BASE
 
 from .layouts import Layout
 from .support import BY_NAME, acting, adapted, adapter_places, adapters, add, close, config_of, differs, every_pair, over
@@ -150,6 +151,21 @@ def test_hosts_without_a_graph_have_none_of_their_own(case: str, layout: Layout)
     model, example = adapted(case, layout), layout.example()
     torch._dynamo.reset()
     close(torch.compile(model, backend="eager")(*example), model(*example))
+
+
+@over([("LORA", BY_NAME[name]) for name in ("linear", "conv2d", "layer-norm", "attention", "experts")])
+def test_mixed_batch_compiles_as_one_graph(case: str, layout: Layout) -> None:
+    torch._dynamo.reset()
+    model, example = adapted(case, layout), layout.example()
+    add(model, "LORA", layout, "b")
+    session = session_of(model)
+    assert session is not None
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for rows in (["a", BASE, "b", "a"], ["b", "b", BASE, "a"]):
+        with session.local(rows=rows):
+            expected = model(*example)
+            close(compiled(*example), expected)
+        assert differs(expected, model(*example))
 
 
 def test_two_adapters_train_at_once() -> None:

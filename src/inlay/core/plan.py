@@ -169,7 +169,7 @@ class Plan:
                 if self.tied.get(path) in {part.path for part in found}:
                     continue
                 method = METHODS["TRAINABLE_TOKENS"](token_indices=list(indices), as_part=True)  # type: ignore[call-arg]
-                reason = method.refuses(site)
+                reason = site.unfit or method.refuses(site)
                 if reason:
                     raise ValueError(f"trainable_token_indices: {path!r}: {reason}.")
                 found.append(Part(path, self.modules[path], site, self._adapter(method, site, path), f"{path}.token_adapter"))

@@ -93,10 +93,12 @@ class Session:
         choice = Choice(self.check(names), None if rows is None else tuple(rows))
         if rows is not None:
             self.check([r for r in dict.fromkeys(rows) if r != BASE])
-        before, token = self.traced, _local.set((*_local.get(), (self, choice)))
+        before = self.traced
+        token = None if torch.compiler.is_compiling() else _local.set((*_local.get(), (self, choice)))
         self.traced = choice
         try:
             yield
         finally:
             self.traced = before
-            _local.reset(token)
+            if token is not None:
+                _local.reset(token)

@@ -65,6 +65,11 @@ class Site:
         self.module, self.name, self.bias_name = module, name, bias_name
         self.store: Store = store_of(module)
 
+    @property
+    def unfit(self) -> str:
+        """Why the host's output is no linear function of its weight; empty where it is."""
+        return ""
+
     # ---- shapes -------------------------------------------------------------------------------------------------------
     @property
     def raw_shape(self) -> torch.Size:
@@ -151,6 +156,8 @@ class Site:
             raise TypeError(
                 f"The {self.name} of this {type(self.module).__name__} is computed (parametrized); make it plain before merging."
             )
+        if self.name not in own:
+            raise TypeError(f"The host's {self.name!r} is computed (a parametrization) and cannot be replaced; make it a parameter first.")
         if self.kept is None:
             self.kept = own[self.name], own.get(self.bias_name) if self.bias_name else None
         self.store.write(self.module, self.name, self.raw(weight))
@@ -219,6 +226,10 @@ class Embedding(TransposedLinear):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, bias_name=None)
+
+    @property
+    def unfit(self) -> str:
+        return "it shortens its rows while it reads them (max_norm)" if self.module.max_norm is not None else ""
 
     @property
     def _options(self) -> dict[str, Any]:

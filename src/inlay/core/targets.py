@@ -109,7 +109,7 @@ def explain_targets(model: nn.Module, config: Method) -> Explanation:
     config.prepare(model)
     found = Explanation()
     modules = base_modules(model)
-    names = [n for n, _ in modules]
+    by_name = dict(modules)
     wanted = effective_targets(model, config)
     lists = [w for w in (config.layers_to_transform,) if w is not None]
     hit: set[str] = set()
@@ -126,19 +126,19 @@ def explain_targets(model: nn.Module, config: Method) -> Explanation:
         if why:
             found.excluded[path] = why
             continue
-        sites = _sites(module, modules_by_name=dict(modules), path=path)
+        sites = _sites(module, modules_by_name=by_name, path=path)
         if not sites:
             found.refused[path] = f"a {type(module).__name__} has no weight that is known as a matrix"
         for target in sites:
             method = config.at(path)
-            reason = method.refuses(target.site)
+            reason = target.site.unfit or method.refuses(target.site)
             if reason:
                 found.refused[path] = reason
             else:
                 found.matched.append(path)
                 found.targets.append(target)
     parameters = _parameters(modules, config, found)
-    _check_patterns(config, wanted, hit, parameters, names, found)
+    _check_patterns(config, wanted, hit, parameters, list(by_name), found)
     return found
 
 
