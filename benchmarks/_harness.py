@@ -34,7 +34,7 @@ def torch_arguments(parser: argparse.ArgumentParser) -> None:
     import torch
 
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
-    parser.add_argument("--cpu-time", action="store_true", help="measure processor time in place of wall time: for a busy machine, with --threads 1")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, not wall time: for a busy machine, with --threads 1")
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------------

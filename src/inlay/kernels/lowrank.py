@@ -1,8 +1,10 @@
 """A linear layer with a low-rank update, as one autograd function.
 
 The frozen layer's own cost is ``x W'`` and ``g W``. The update adds ``6 n r (in + out)`` operations and no more: the forward
-pass accumulates ``u B'`` (with ``u = x A'``) into the base's output, the backward pass ``(g B) A`` into ``g W``. Saved are
-``x`` as it came, ``u``, and an eighth of a byte an element for dropout; layers with one input share what they save of it.
+pass accumulates ``u B'`` (with ``u = x A'``) into the base's output, the backward pass ``(g B) A`` into ``g W``. Where there are
+more rows than the weight has, both accumulate ``B A`` into a passing copy of the weight instead, which is then the smaller
+tensor. Saved are ``x`` as it came, ``u``, and an eighth of a byte an element for dropout; layers with one input share what
+they save of it.
 
 What has rank r is kept as ``(r, n)``. Products that are narrow in one direction are bound by how they walk through memory, and
 with the long axis last they run up to twice as fast as with rows of r numbers.
@@ -66,20 +68,38 @@ def accumulate(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Te
     return y.copy_(y.to(left.dtype).addmm_(left, right, alpha=scale))
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+def folding_pays(rows: int, w: Tensor, dtype: torch.dtype) -> bool:
+    """Whether writing ``W + B A`` twice (forward and backward) moves less memory than adding to output and input gradient.
+
+    Only where the weight has the precision of the update, which would be lost in it otherwise.
+    """
+    out, inp = w.shape
+    return w.dtype == dtype and 2 * out * inp < rows * (out + inp)
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, never as a view: what a custom function returns as one could not be written to, as an in-place ReLU does."""
+    y = F.linear(x, w, bias)
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
+def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(dtype)
 
 
 def _forward(
     x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float, bits: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The output, and ``u'``."""
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and ``u'`` where it was needed."""
     dtype = compute_dtype(x, a)
-    y = F.linear(x, w, bias)
-    dropped = _rows(x, dtype)
+    dropped = rows_of(x, dtype)
     if bits is not None:
         dropped = factors(bits, rate, dropped.shape, dtype).mul_(dropped)
+    elif a.requires_grad and folding_pays(len(dropped), w, dtype):
+        # A frozen A lets u be kept in place of the input, so that is worth computing.
+        return linear(x, torch.addmm(w, b, a, alpha=scale), bias), None
     u = a.to(dtype) @ dropped.t()
+    y = linear(x, w, bias)
     accumulate(y.view(-1, y.shape[-1]), u.t(), b.to(dtype).t().contiguous(), scale)
     return y, u
 
@@ -92,7 +112,7 @@ class _LinearPlusLowRank(torch.autograd.Function):
         y, u = _forward(x, w, bias, a, b, scale, rate, bits)
         _, _, _, a_trains, b_trains, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if a_trains else None, w, a, b, u if b_trains else None, bits)
-        ctx.scale, ctx.rate, ctx.dtype = scale, rate, u.dtype
+        ctx.scale, ctx.rate, ctx.dtype = scale, rate, compute_dtype(x, a)
         return y
 
     @staticmethod
@@ -100,28 +120,34 @@ class _LinearPlusLowRank(torch.autograd.Function):
         x, w, a, b, u, bits = ctx.saved_tensors
         x_trains, _, _, a_trains, b_trains, *_ = ctx.needs_input_grad
         dx = da = db = dropped = keep = None
-        a, rows, g_low = a.to(ctx.dtype), _rows(g, g.dtype), _rows(g, ctx.dtype)
+        a, b, rows, low = a.to(ctx.dtype), b.to(ctx.dtype), rows_of(g, g.dtype), rows_of(g, ctx.dtype)
         # gu' = scale B' g'
-        gu = (b.to(ctx.dtype).t().contiguous() @ g_low.t()).mul_(ctx.scale)
+        gu = (b.t().contiguous() @ low.t()).mul_(ctx.scale)
         if bits is not None:
             keep = factors(bits, ctx.rate, (len(rows), a.shape[1]), ctx.dtype)
         if x is not None:
-            dropped = _rows(x, ctx.dtype) if keep is None else keep * _rows(x, ctx.dtype)
-        if torch.is_grad_enabled() and b_trains:
-            if dropped is None:
-                raise NotImplementedError("A second derivative needs the layer's input, which is not kept while A is frozen.")
-            u = a @ dropped.t()
+            dropped = rows_of(x, ctx.dtype) if keep is None else keep * rows_of(x, ctx.dtype)
         if a_trains:
             da = gu @ dropped
         if b_trains:
-            db = (u @ g_low).mul_(ctx.scale).t()
+            if u is None or torch.is_grad_enabled():
+                # A second derivative needs u as a function of what it came from.
+                if dropped is None:
+                    raise NotImplementedError("A second derivative needs the layer's input, which is not kept while A is frozen.")
+                u = a @ dropped.t()
+            db = (u @ low).mul_(ctx.scale).t()
         if x_trains:
-            dx = rows @ w.to(rows.dtype)
-            if keep is None:
-                accumulate(dx, gu.t(), a)
-            elif dx.dtype == ctx.dtype:
-                dx.addcmul_(gu.t() @ a, keep)
-            else:
-                dx.copy_(torch.addcmul(dx, gu.t() @ a, keep))
-            dx = dx.view(*g.shape[:-1], -1)
+            dx = input_gradient(rows, w, a, b, gu, ctx.scale, keep).view(*g.shape[:-1], -1)
         return dx, None, None, da, db, None, None, None
+
+
+def input_gradient(rows: Tensor, w: Tensor, a: Tensor, b: Tensor, gu: Tensor, scale: float, keep: Tensor | None) -> Tensor:
+    """``g W + drop((g B) A)``."""
+    if keep is None and rows.dtype == gu.dtype and folding_pays(len(rows), w, gu.dtype):
+        return rows @ torch.addmm(w, b, a, alpha=scale)
+    dx = rows @ w.to(rows.dtype)
+    if keep is None:
+        return accumulate(dx, gu.t(), a)
+    if dx.dtype == gu.dtype:
+        return dx.addcmul_(gu.t() @ a, keep)
+    return dx.copy_(torch.addcmul(dx, gu.t() @ a, keep))

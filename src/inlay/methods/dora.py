@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..core.method import Method, Param, full, meet, zeros
 from ..core.site import Embedding, Site
+from ..kernels.decomposed import linear_decomposed, row_squares
 from .lora import LoraConfig
 
 if TYPE_CHECKING:
@@ -47,9 +48,12 @@ class Dora(LoraConfig):
         w, bias = inner.params()
         scale = self.scaling * p.strength
         gain = self._gain(p, row_norms(w, a, b, scale))
+        drops = self.dropout and p.training
+        if inner.dense is not None and not drops:
+            return linear_decomposed(x, *inner.dense, a, b, gain, scale)
         y = inner(x)
         plain = y if bias is None else y - site.rows(bias).to(y.dtype)
-        if self.dropout and p.training:
+        if drops:
             # As in HF: what is left out of the input is missing from all of the rescaled part.
             x = F.dropout(x, self.dropout)
             plain = site.apply(x, w.to(x.dtype))
@@ -61,6 +65,7 @@ class Dora(LoraConfig):
 def row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``|W + scale B A|`` by rows, ``(*batch, out)``, without forming the sum; no gradient flows through it."""
     with torch.no_grad():
+        square = row_squares(w)
         w, a, b = full(w), full(a), full(b)
-        square = w.square().sum(-1) + 2 * scale * ((w @ a.mT) * b).sum(-1) + scale**2 * ((b @ (a @ a.mT)) * b).sum(-1)
+        square = square + 2 * scale * ((w @ a.mT) * b).sum(-1) + scale**2 * ((b @ (a @ a.mT)) * b).sum(-1)
         return square.clamp_min_(0).sqrt_()
