@@ -15,6 +15,8 @@ import tiny_chat_model
 from tiny_chat_model import environment, rows
 
 from inlay.cli.consumers import AdapterFacts, verdicts
+from inlay.cli.tuned import base_of
+from inlay.training.errors import InputError
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -62,6 +64,37 @@ def test_ctrl_c_saves_the_adapter_and_a_checkpoint_to_go_on_from(tmp_path: Path)
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"checkpoint-{steps[-1]}"]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_two_processes_speak_with_one_voice(tmp_path: Path) -> None:
+    tiny_chat_model.save(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(rows(24))
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    words = ["-m", "inlay", "train", "rows.jsonl", "--model", "model", "--max-steps", "3", "--batch-size", "4", "--output", "run", "--json"]
+    finished = subprocess.run(
+        [sys.executable, *launch, *words], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr
+    summary = json.loads(finished.stdout)  # one object, from one process
+    assert summary["results"]["steps"] == 3
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3]
+    single = 4 * (35 + 2)  # tokens of a batch at most, for one process
+    assert single < metrics[0]["tokens"] <= 2 * single
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_of_the_bundled_base_finds_it_on_another_machine(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere/site-packages/inlay/assets/base"}')
+    assert base_of(None, tmp_path) == "bundled"
+    assert base_of("own", tmp_path) == "own"
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
+    assert base_of(None, tmp_path) == "some/model"
+    assert base_of(None, None) == "bundled"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="does not name its base model; give it with --model"):
+        base_of(None, tmp_path)
 
 
 @pytest.mark.parametrize(

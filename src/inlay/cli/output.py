@@ -40,11 +40,10 @@ def fail(message: str, code: int) -> int:
 
 
 def emit(result: dict[str, Any]) -> None:
-    """The machine-readable result. Only the first process writes it."""
-    if is_main_process():
-        json.dump(result, sys.stdout, ensure_ascii=False, indent=2, default=str)
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+    """The machine-readable result."""
+    json.dump(result, sys.stdout, ensure_ascii=False, indent=2, default=str)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
 
 
 def prepare(debug: bool) -> None:

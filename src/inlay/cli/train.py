@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from inlay.training.settings import RunSettings, read_config, resolve, unknown_name
 
-from .output import INTERRUPTED, console, emit, hush, table
+from .output import INTERRUPTED, console, emit, hush, is_main_process, table
 
 ADAPTER_FIELDS = "adapter fields"  # where the parsed flags of the method wait in the context
 
@@ -163,10 +163,11 @@ def train(
     from .progress import Screen
 
     result = run(settings, Screen(screen), command=["inlay", *sys.argv[1:]])
-    if as_json:
-        emit(summary(result))
-    else:
-        show(result, screen)
+    if is_main_process():
+        if as_json:
+            emit(summary(result))
+        else:
+            show(result, screen)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 

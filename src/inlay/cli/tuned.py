@@ -43,7 +43,8 @@ def base_of(model: str | None, adapter: Path | None) -> str:
         return BUNDLED
     if not named:
         raise InputError(f"--adapter {adapter}: does not name its base model; give it with --model.")
-    return BUNDLED if Path(named) == bundled_base() else named
+    # Trained on the bundled base somewhere else, the adapter names that machine's copy of it.
+    return BUNDLED if Path(named).parts[-3:] == bundled_base().parts[-3:] else named
 
 
 def load(model: str | None, adapter: Path | None, dtype: str = "auto", device: str = "auto") -> Tuned:

@@ -116,9 +116,7 @@ def train(settings: RunSettings, listener: Listener | None = None, command: Sequ
             write_json(folder / RECORD, record | {"status": "failed"})
         raise
 
-    if is_main_process():
-        trainer.model.save_pretrained(str(folder))
-        tokenizer.save_pretrained(str(folder))
+    trainer.save()
     metrics: list[dict[str, Any]] = []
     if is_main_process():
         from .callbacks import read_metrics
@@ -221,6 +219,15 @@ class _Run:
                 f"the loss or its gradient is no number at step {self.non_finite.step}; lower --lr, or use --dtype float32 or bfloat16."
             )
         return self.stop.asked
+
+    def save(self) -> None:
+        """Write adapter and tokenizer into the run's folder; all processes take part, and go their own ways afterwards."""
+        from accelerate import PartialState
+
+        self.trainer.save_model(str(self.folder))  # gathers what is sharded
+        if is_main_process():
+            (self.folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of what run.json says in words
+        PartialState().destroy_process_group()
 
     def results(self, metrics: list[dict[str, Any]]) -> dict[str, Any]:
         """The figures of the run in a few numbers."""
