@@ -106,7 +106,7 @@ class _LinearDecomposed(torch.autograd.Function):
                 dx = rows @ _folded(w, a, b, gain, ctx.scale)
             else:
                 dx = accumulate((low * gain).to(rows.dtype) @ w.to(rows.dtype), gu.t(), a)
-            dx = dx.view(*g.shape[:-1], -1)
+            dx = dx.view(*g.shape[:-1], a.shape[1])
         return dx, None, None, da, db, dgain, None
 
 

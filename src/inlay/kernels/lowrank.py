@@ -137,7 +137,7 @@ class _LinearPlusLowRank(torch.autograd.Function):
                 u = a @ dropped.t()
             db = (u @ low).mul_(ctx.scale).t()
         if x_trains:
-            dx = input_gradient(rows, w, a, b, gu, ctx.scale, keep).view(*g.shape[:-1], -1)
+            dx = input_gradient(rows, w, a, b, gu, ctx.scale, keep).view(*g.shape[:-1], a.shape[1])
         return dx, None, None, da, db, None, None, None
 
 
