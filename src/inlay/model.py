@@ -131,6 +131,8 @@ class PeftModel(nn.Module):
         except AttributeError:
             if name in ("base_model", "prompt_encoder"):
                 raise
+            if self._is_prompt_learning and name in ("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload"):
+                raise AttributeError(f"{self.peft_type} acts on inputs and changes no weight, so there is nothing for {name!r}.") from None
             return getattr(self.base_model, name)
 
     # ---- running ------------------------------------------------------------------------------------------------------

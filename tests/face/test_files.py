@@ -275,3 +275,29 @@ def test_tied_retrained_ends_stay_one_weight_after_loading(tmp_path):
     base = loaded.get_base_model()
     assert base.lm_head.adapters["default"].weight is base.model.embed_tokens.adapters["default"].weight
     assert torch.equal(logits(loaded.eval(), ids()), logits(model.eval(), ids()))
+
+
+def test_files_name_their_targets_and_hold_no_seed(tmp_path):
+    import warnings
+
+    import peft
+
+    for i, targets in enumerate((None, "all-linear", ["q_proj"], r".*q_proj")):
+        config = inlay.LoraConfig(target_modules=targets, seed=3, lora_alpha=32.0)
+        inlay.get_peft_model(llama(), config).save_pretrained(tmp_path / str(i))
+        plain = json.loads((tmp_path / str(i) / "adapter_config.json").read_text())
+        linear = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+        assert plain["target_modules"] == [["q_proj", "v_proj"], linear, ["q_proj"], r".*q_proj"][i]
+        assert plain["lora_alpha"] == 32
+        assert type(plain["lora_alpha"]) is int
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert peft.PeftConfig.from_pretrained(tmp_path / str(i)).r == 8
+
+
+def test_all_linear_is_spelled_out_where_ends_of_names_would_mean_too_much(tmp_path):
+    model = torch.nn.ModuleDict({"proj": torch.nn.Linear(2, 2), "norms": torch.nn.ModuleDict({"proj": torch.nn.LayerNorm(2)})})
+    config = inlay.LoraConfig(target_modules="all-linear")
+    inlay.inject_adapter_in_model(config, model)
+    assert config.target_modules == "proj"
+    assert inlay.explain_targets(model, config).matched == ["proj"]

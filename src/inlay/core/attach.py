@@ -56,7 +56,8 @@ def attach(
     session = session_of(model)
     check_name(name, session)
     session = session or Session()
-    parts = Plan(model, config, low_cpu_mem_usage or fill is not None, autocast_adapter_dtype).parts(only)
+    plan = Plan(model, config, low_cpu_mem_usage or fill is not None, autocast_adapter_dtype)
+    parts = plan.parts(only)
     if fill is not None:
         fill(parts)
         for part in parts:
@@ -72,6 +73,8 @@ def attach(
     for part in parts:
         _set_in(session, name, part)
     model.__dict__["_inlay_session"] = session
+    if hasattr(config, "target_modules"):
+        config.target_modules = plan.target_modules  # type: ignore[attr-defined]
     session.configs[name] = config
     if not config.inference_mode:
         session.trainable.add(name)

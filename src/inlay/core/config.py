@@ -163,11 +163,12 @@ class PeftConfig:
         return asdict(self)
 
     def to_file(self) -> dict[str, Any]:
-        """The fields as ``adapter_config.json`` holds them: sets sorted, fields that HF does not know only where set."""
+        """The fields as ``adapter_config.json`` holds them: sets sorted, fields that HF does not know only where set, and none
+        that is for this session alone (``in_file`` of its metadata)."""
         plain = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "runtime_config" or (f.name in self.ours and value == _default(f)):
+            if f.metadata.get("in_file") is False or (f.name in self.ours and value == _default(f)):
                 continue
             plain[f.name] = value
         return _jsonable(plain)

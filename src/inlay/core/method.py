@@ -116,7 +116,7 @@ def register(cls: Config) -> Config:
     return cls
 
 
-def _help(text: str) -> dict[str, str]:
+def _help(text: str) -> dict[str, Any]:
     return {"help": text}
 
 
@@ -149,7 +149,7 @@ class Method(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(default=None, metadata=_help("Embedding rows to retrain."))
     ensure_weight_tying: bool = field(default=False, metadata=_help("One adapter for weights that are tied in the base."))
     overrides: dict[str, dict[str, Any]] | None = field(default=None, metadata=_help("Other values of any field by module pattern."))
-    seed: int | None = field(default=None, metadata=_help("Seed of the initial values."))
+    seed: int | None = field(default=None, metadata=_help("Seed of the initial values.") | {"in_file": False})
 
     prefix: ClassVar[str] = ""
     paper: ClassVar[str] = ""

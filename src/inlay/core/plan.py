@@ -17,7 +17,7 @@ from .config import PeftConfig, nearest
 from .inlaid import Adapter, Inlaid, Inner
 from .method import METHODS, Method, Param
 from .site import Read, Site
-from .targets import Target, base_modules, find_targets, site_at, tied_paths
+from .targets import NO_TARGETS, Target, base_modules, find_targets, resolved_targets, site_at, tied_paths
 from .tied import Tied
 
 # The classes for classification name both of these, of which a model has one.
@@ -82,6 +82,8 @@ class Plan:
         self.model, self.config, self.on_meta, self.autocast = model, config, on_meta, autocast_adapter_dtype
         self.modules = dict(base_modules(model))
         self.tied = tied_paths(model)
+        # The configuration's, resolved to names.
+        self.target_modules: Collection[str] | None = getattr(config, "target_modules", None)
         self.follows_ties = isinstance(config, Method) and config.follows_ties
 
     def parts(self, only: Collection[str] | None = None) -> list[Part]:
@@ -122,6 +124,8 @@ class Plan:
             targets = [Target(p, s) for p in self.modules if p in only and (s := self._site(p)) is not None]
         if self.follows_ties:
             targets = self._sources_of_ties(targets)
+        if only is None and config.target_modules != NO_TARGETS:
+            self.target_modules = resolved_targets(self.model, config, targets)
         bank = config.shared([t.site for t in targets]) if targets else None
         parts = []
         for target in targets:

@@ -236,21 +236,21 @@ class Embedding(TransposedLinear):
         m = self.module
         return {"padding_idx": m.padding_idx, "scale_grad_by_freq": m.scale_grad_by_freq}
 
-    def _scaled(self, y: Tensor) -> Tensor:
-        # Some models (Gemma) multiply what they look up.
+    def scaled(self, y: Tensor) -> Tensor:
+        """Rows of the matrix as the host gives them out: some models (Gemma) multiply what they look up."""
         scale = getattr(self.module, "embed_scale", None)
         if scale is None:
             return y
         return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._scaled(F.embedding(x, weight.mT, **self._options))
+        return self.scaled(F.embedding(x, weight.mT, **self._options))
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         return F.embedding(x, a.mT, **self._options)
 
     def up(self, h: Tensor, b: Tensor) -> Tensor:
-        return self._scaled(F.linear(h, b))
+        return self.scaled(F.linear(h, b))
 
 
 class _AnyConv(Site):

@@ -220,7 +220,25 @@ def architecture(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
-def _all_linear(model: nn.Module, config: Method) -> set[str]:
+def resolved_targets(model: nn.Module, config: Method, targets: Iterable[Target]) -> Collection[str] | None:
+    """``target_modules`` as names, for the file: its readers resolve neither defaults nor ``"all-linear"``."""
+    wanted = config.target_modules
+    shorthand = isinstance(wanted, str) and wanted.lower() == ALL_LINEAR
+    if not shorthand:
+        return wanted if wanted is not None or config.target_parameters else set(effective_targets(model, config))
+    names = [p for p, _ in base_modules(model)]
+    paths = {t.path for t in targets if not isinstance(t.site, Stack)}
+    for found in ({p.rpartition(".")[2] for p in paths}, paths):
+        if {n for n in names if _hit(found, n) is not None} == paths:
+            return found
+    return "|".join(re.escape(p) for p in sorted(paths))
+
+
+class Exactly(frozenset[str]):
+    """Whole names, where other collections of names hold ends of names as well."""
+
+
+def _all_linear(model: nn.Module, config: Method) -> Exactly:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     names = set()
     for path, module in base_modules(model):
@@ -231,15 +249,15 @@ def _all_linear(model: nn.Module, config: Method) -> set[str]:
         if config.task_type == "SEQ_CLS" and path.rpartition(".")[2] in ("classifier", "score"):
             continue
         names.add(path)
-    return names
+    return Exactly(names)
 
 
 def _hit(wanted: Collection[str], path: str) -> str | None:
     """The pattern that means this module."""
     if isinstance(wanted, str):
         return wanted if re.fullmatch(wanted, path) else None
-    if path in wanted:
-        return path
+    if path in wanted or isinstance(wanted, Exactly):
+        return path if path in wanted else None
     return next((w for w in wanted if path.endswith(f".{w}")), None)
 
 

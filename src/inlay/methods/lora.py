@@ -17,7 +17,7 @@ from ..core.site import Embedding, Site, _AnyConv
 INITS = ("gaussian", "orthogonal")
 
 
-def _help(text: str) -> dict[str, str]:
+def _help(text: str) -> dict[str, Any]:
     return {"help": text}
 
 
@@ -79,7 +79,7 @@ class LoraConfig(LowRank):
     qalora_group_size: int = field(default=16, metadata=_help("For HF's files."))
     monteclora_config: Any = field(default=None, metadata=_help("For HF's files."))
     layer_replication: list[tuple[int, int]] | None = field(default=None, metadata=_help("For HF's files."))
-    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, metadata=_help("Options of this session."))
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, metadata=_help("Options of this session.") | {"in_file": False})
     lora_bias: bool = field(default=False, metadata=_help("A bias in B."))
     use_bdlora: Any = field(default=None, metadata=_help("For HF's files."))
     arrow_config: Any = field(default=None, metadata=_help("For HF's files."))
@@ -100,6 +100,9 @@ class LoraConfig(LowRank):
             self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
             raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
+        if isinstance(self.lora_alpha, float) and self.lora_alpha.is_integer():
+            # Some readers of the file take whole numbers only.
+            self.lora_alpha = int(self.lora_alpha)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` is a share in [0, 1), not {self.lora_dropout!r}.")
         init = self.init_lora_weights

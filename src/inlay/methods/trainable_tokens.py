@@ -35,7 +35,7 @@ class TrainableTokensConfig(Method):
     peft_type: str | None = PeftType.TRAINABLE_TOKENS
     token_indices: list[int] = field(default_factory=list, metadata={"help": "The tokens to retrain."})
     init_weights: bool = field(default=True, metadata={"help": "Start from the base's rows."})
-    as_part: bool = field(default=False, repr=False, metadata={"help": "Internal: the rows stand beside another method."})
+    as_part: bool = field(default=False, repr=False, metadata={"help": "Internal: the rows stand beside another method.", "in_file": False})
 
     prefix: ClassVar[str] = "trainable_tokens_"
     ours: ClassVar[frozenset[str]] = Method.ours | {
@@ -83,12 +83,13 @@ class TrainableTokensConfig(Method):
         return w.index_copy(0, self._index(w), new), b
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
-        if not isinstance(inner.site, Embedding):
+        site = inner.site
+        if not isinstance(site, Embedding):
             return self.around_transposed(p, inner, x)
         new = p.trainable_tokens_delta
         match = x.unsqueeze(-1) == self._index(x)
         y = inner(x)
-        rows = inner.site._scaled(new[match.to(torch.uint8).argmax(-1)].to(y.dtype))
+        rows = site.scaled(new[match.to(torch.uint8).argmax(-1)].to(y.dtype))
         return torch.where(match.any(-1, keepdim=True), rows, y)
 
     def around_transposed(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
