@@ -39,6 +39,20 @@ def test_hra_is_a_chain_of_reflections(layout: str, r: int) -> None:
     close(folded(p), w)
 
 
+@pytest.mark.parametrize("rows", [1, 50])
+def test_hra_on_few_and_on_many_rows(rows: int) -> None:
+    """Few rows are turned; for many the reflections become an update of low rank."""
+    model = adapted("HRA", BY_NAME["linear"], r=4)
+    (p,) = adapters(model)
+    _, b = p.site.read()
+    x = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
+    both = [model(x), F.linear(x, p.method.fold(p, *p.site.read())[0], b)]
+    close(both[0], both[1])
+    one, other = (torch.autograd.grad(y.square().sum(), [x, p.hra_u]) for y in both)
+    for mine, its in zip(one, other, strict=True):
+        close(mine, its)
+
+
 def test_hra_with_orthogonal_directions() -> None:
     p = adapter("HRA", r=3, apply_GS=True)
     basis: list[Tensor] = []

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..core.config import PeftType
-from ..core.method import LowRank, Method, Param, constant, normal, ones, register, zeros
+from ..core.method import LowRank, Method, Param, add, constant, meet, normal, ones, register, zeros
 from ..core.site import Site
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.inlaid import Adapter, Inner
 
 
 @register
@@ -77,7 +78,24 @@ class VeraConfig(LowRank):
         start_b, start_d = (zeros, constant(self.d_initial)) if self.init_weights else (ones, normal())
         return {"vera_lambda_b": Param(("out",), start_b), "vera_lambda_d": Param((self.r,), start_d)}
 
+    def _corners(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """What this layer uses of A and B, one copy for each matrix of a batch."""
+        like, batch = p.vera_lambda_d, p.site.batch
+        a, b = p.shared.vera_A[: self.r, : p.site.size("in")], p.shared.vera_B[: p.site.size("out"), : self.r]
+        return a.to(like).expand(*batch, *a.shape), b.to(like).expand(*batch, *b.shape)
+
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        b, d = p.vera_lambda_b.unsqueeze(-1), p.vera_lambda_d.unsqueeze(-1)
-        a = p.shared.vera_A[: self.r, : p.site.size("in")].to(d)
-        return d * a, b * p.shared.vera_B[: p.site.size("out"), : self.r].to(b)
+        a, b = self._corners(p)
+        return p.vera_lambda_d.unsqueeze(-1) * a, p.vera_lambda_b.unsqueeze(-1) * b
+
+    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        site = inner.site
+        if site.size("channel") != site.size("out"):
+            return super().around(p, inner, x)
+        # Gains on what passes through the frozen pair need no gradient of the pair's size, and no input kept for it.
+        y = inner(x)
+        if self.dropout and p.training and x.is_floating_point():
+            x = F.dropout(x, self.dropout)
+        x, a, b, gain_d, gain_b = meet(x, *self._corners(p), p.vera_lambda_d, p.vera_lambda_b)
+        h = site.up(site.down(x, a) * site.rows(gain_d), b) * site.rows(gain_b)
+        return add(y, h, p.strength)
