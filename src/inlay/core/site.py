@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,14 @@ from torch.nn import functional as F
 
 from .stores import Store, store_of
 
+Layout = TypeVar("Layout", bound="type[Site]")
 LAYOUTS: dict[str, type[Site]] = {}
 
 
-def layout(*hosts: type[nn.Module] | str) -> Callable[[type[Site]], type[Site]]:
+def layout(*hosts: type[nn.Module] | str) -> Callable[[Layout], Layout]:
     """Register a layout for host classes, given as classes or, for those of libraries that may be absent, by dotted name."""
 
-    def register(cls: type[Site]) -> type[Site]:
+    def register(cls: Layout) -> Layout:
         for host in hosts:
             LAYOUTS[host if isinstance(host, str) else f"{host.__module__}.{host.__qualname__}"] = cls
         return cls
