@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .core.attach import attach, check_name
 from .core.config import PeftConfig
 from .core.inlaid import Retrained, places, session_of
-from .core.session import Session
+from .core.session import Session, carry_choices
 from .formats.card import write_card
 from .formats.folder import hub_options, write_adapter
 from .formats.state import LoadReport, fill, slots_of_model, slots_of_parts, warn_of
@@ -146,6 +146,8 @@ class PeftModel(nn.Module):
             kwargs |= dict(zip(self.positional, args, strict=False))
             args = args[len(self.positional) :]
         with self._rows(adapter_names):
+            if self.session.chosen_here and getattr(self.get_base_model(), "is_gradient_checkpointing", False):
+                carry_choices(self.get_base_model(), self.session)
             if self._prompted():
                 from .prompts import forward_with_prompt
 

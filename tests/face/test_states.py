@@ -1,6 +1,8 @@
 """Active, trainable, merged and train/eval are four independent states; local choices stay local."""
 
 import asyncio
+import copy
+import pickle
 import threading
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 import inlay
 from inlay.core.inlaid import places
+from inlay.core.session import CarriedChoice
 
 from .tiny import assert_same, ids, llama, logits, snapshot, stir
 
@@ -178,6 +181,36 @@ def test_a_wrong_number_of_rows_is_an_error(two):
         model(input_ids=ids(rows=3), adapter_names=["a", "b"])
     with pytest.raises(ValueError, match="Adapter 'c' not found"):
         model(input_ids=ids(rows=1), adapter_names=["c"])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("rows", [None, ["b", "__base__"]])
+def test_checkpointed_blocks_are_computed_again_with_the_same_adapters(two, reentrant, rows):
+    model, x, _ = two
+    model.train()
+    model.set_adapter(["a", "b"])
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        if rows:
+            y = model(input_ids=x, adapter_names=rows).logits
+        else:
+            with model.use_adapters("b"):
+                y = model(input_ids=x).logits
+        # The backward pass runs where nobody has chosen: there, both are active.
+        y.pow(2).sum().backward()
+        grads.append({n: q.grad.clone() for n, q in model.named_parameters() if q.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(".adapters.b." in n for n in grads[0])
+    for key, value in grads[0].items():
+        torch.testing.assert_close(value, grads[1][key], rtol=1e-5, atol=1e-6)
+    copy.deepcopy(model)
+    pickle.dumps(model)
+    base = model.unload()
+    assert not any(isinstance(v, CarriedChoice) for m in base.modules() for v in vars(m).values())
 
 
 def test_unloading_leaves_the_model_as_it_was():

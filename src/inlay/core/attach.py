@@ -13,7 +13,7 @@ from torch import nn
 from .config import PeftConfig
 from .inlaid import Place, Retrained, host_of, inlay, places, seat, session_of, unseat
 from .plan import Part, Plan, materialise
-from .session import BASE, Session
+from .session import BASE, Session, drop_choices
 
 
 def check_name(name: str, session: Session | None) -> None:
@@ -128,4 +128,5 @@ def detach(model: nn.Module, name: str) -> None:
     if not session.configs:
         for q in session.frozen:
             q.requires_grad_(True)
+        drop_choices(model)
         model.__dict__.pop("_inlay_session", None)

@@ -6,11 +6,11 @@ run on one model never see each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -87,12 +87,22 @@ class Session:
         self.active = remaining
         self.trainable.discard(name)
 
+    @property
+    def chosen_here(self) -> bool:
+        """Whether a block of this thread or task has chosen."""
+        return not torch.compiler.is_compiling() and any(session is self for session, _ in _local.get())
+
     @contextmanager
     def local(self, names: Sequence[str] = (), rows: Sequence[str] | None = None) -> Iterator[None]:
         """Choose for this thread or task until the block ends; blocks nest."""
-        choice = Choice(self.check(names), None if rows is None else tuple(rows))
         if rows is not None:
             self.check([r for r in dict.fromkeys(rows) if r != BASE])
+        with self.under(Choice(self.check(names), None if rows is None else tuple(rows))):
+            yield
+
+    @contextmanager
+    def under(self, choice: Choice) -> Iterator[None]:
+        """A choice that was made before holds in this thread or task until the block ends."""
         before = self.traced
         token = None if torch.compiler.is_compiling() else _local.set((*_local.get(), (self, choice)))
         self.traced = choice
@@ -102,3 +112,44 @@ class Session:
             self.traced = before
             if token is not None:
                 _local.reset(token)
+
+
+
+@dataclass
+class CarriedChoice:
+    """A checkpointing function under which a block is computed again with the adapters of its first run.
+
+    That happens in the backward pass, when the ``with`` block or the call that chose them is long over.
+
+    Attributes:
+        session: of the model.
+        checkpoint: the function that this one stands for, as transformers keeps it in ``_gradient_checkpointing_func``.
+    """
+
+    session: Session
+    checkpoint: Callable[..., Any]
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        choice = self.session.choice()
+
+        def run(*inputs: Any, **named: Any) -> Any:
+            with self.session.under(choice):
+                return function(*inputs, **named)
+
+        return self.checkpoint(function if torch.compiler.is_compiling() else run, *args, **kwargs)
+
+
+def carry_choices(model: nn.Module, session: Session) -> None:
+    """Have the checkpointed blocks of a model computed again as they were computed first."""
+    for module in model.modules():
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, CarriedChoice):
+            vars(module)["_gradient_checkpointing_func"] = CarriedChoice(session, checkpoint)
+
+
+def drop_choices(model: nn.Module) -> None:
+    """Undo `carry_choices`."""
+    for module in model.modules():
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if isinstance(checkpoint, CarriedChoice):
+            vars(module)["_gradient_checkpointing_func"] = checkpoint.checkpoint

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..core.inlaid import Place, Retrained, host_of, lift, places, session_of
-from ..core.session import Session
+from ..core.session import Session, drop_choices
 from ..core.targets import tied_paths
 from ..core.tied import Tied
 
@@ -78,6 +78,7 @@ def unload(model: nn.Module, session: Session, keep_merged: bool) -> nn.Module:
     for q in session.frozen:
         q.requires_grad_(True)
     session.configs.clear()
+    drop_choices(model)
     model.__dict__.pop("_inlay_session", None)
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         model.__dict__.pop(attribute, None)
