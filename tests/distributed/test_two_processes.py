@@ -15,7 +15,8 @@ from . import worker
 
 @pytest.mark.parametrize("scenario", ["ddp", "fsdp2"])
 def test_gradients_and_files_equal_those_of_one_process(scenario, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker.__file__, scenario, str(tmp_path)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launch, worker.__file__, scenario, str(tmp_path)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     alone = worker.adapted()

@@ -79,7 +79,9 @@ class LoraConfig(LowRank):
     qalora_group_size: int = field(default=16, metadata=_help("For HF's files."))
     monteclora_config: Any = field(default=None, metadata=_help("For HF's files."))
     layer_replication: list[tuple[int, int]] | None = field(default=None, metadata=_help("For HF's files."))
-    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, metadata=_help("Options of this session.") | {"in_file": False})
+    runtime_config: LoraRuntimeConfig = field(
+        default_factory=LoraRuntimeConfig, metadata=_help("Options of this session.") | {"in_file": False}
+    )
     lora_bias: bool = field(default=False, metadata=_help("A bias in B."))
     use_bdlora: Any = field(default=None, metadata=_help("For HF's files."))
     arrow_config: Any = field(default=None, metadata=_help("For HF's files."))
