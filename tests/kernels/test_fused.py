@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
+from inlay.kernels import lowrank
 from inlay.kernels.decomposed import row_squares
 from inlay.kernels.lowrank import linear_plus_low_rank
 
@@ -17,6 +18,12 @@ from .cases import KERNELS, SCALE, SHAPES, Kernel, gradients, low_rank_formula, 
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     return KERNELS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def however_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused path also where the formula would be chosen because the input is small, as it is in all tests."""
+    monkeypatch.setattr(lowrank, "FEW_ROWS", -1)
 
 
 def assert_same(kernel: Kernel, given: list[Tensor | None], **tolerance: float) -> None:
@@ -125,6 +132,14 @@ def test_a_trained_base(kernel: Kernel) -> None:
     assert_same(kernel, given)
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_few_rows(kernel: Kernel, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowrank, "FEW_ROWS", 1000)
+    given = tensors(kernel, shape)
+    assert_same(kernel, given)
+    assert "Backward" not in kernel.run(*given).grad_fn.name().removesuffix("Backward0")
+
+
 # ---- precision ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -151,14 +166,16 @@ def test_a_small_update_survives_half_precision() -> None:
     torch.testing.assert_close(y.float(), torch.full((64, 4), 8e-6), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("few_rows", [-1, 1000])
 @pytest.mark.parametrize("rows", [3, 40])
-def test_autocast(kernel: Kernel, rows: int) -> None:
+def test_autocast(kernel: Kernel, rows: int, few_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowrank, "FEW_ROWS", few_rows)
     given = tensors(kernel, (rows,), dtype=torch.float32)
 
     def cast(run):
         def inside(*q: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
-                return run(*q).to(torch.bfloat16)
+                return run(*q)
 
         return inside
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..core.method import full
-from .lowrank import accumulate, compute_dtype, folding_pays, linear, must_be_plain, rows_of
+from .lowrank import accumulate, compute_dtype, folding_pays, linear, rows_of, takes_the_formula
 
 
 def linear_decomposed(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor, scale: float) -> Tensor:
@@ -31,10 +31,10 @@ def linear_decomposed(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: T
     Returns:
         ``(*, out)`` in the dtype of the base's output.
     """
-    if must_be_plain(x, w, bias):
+    if takes_the_formula(x, w, bias):
         y = F.linear(x, w)
-        y = (gain * torch.add(y, F.linear(F.linear(x.to(a.dtype), a), b), alpha=scale)).to(y.dtype)
-        return y if bias is None else y + bias
+        z = gain * torch.add(y, F.linear(F.linear(x.to(a.dtype), a), b), alpha=scale)
+        return (z if bias is None else z + bias).to(y.dtype)
     if torch.is_grad_enabled():
         return _LinearDecomposed.apply(x, w, bias, a, b, gain, scale)
     return _forward(x, w, bias, a, b, gain, scale)

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from .dropout import draw_bits, factors
 
+FEW_ROWS = 32
+
 
 def linear_plus_low_rank(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float) -> Tensor:
     """``x W' + bias + scale * drop(x) A' B'``.
@@ -33,7 +35,7 @@ def linear_plus_low_rank(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b
         ``(*, out)`` in the dtype of the base's output. The update is computed in the dtype of ``a`` and ``b``, under autocast
         in autocast's, and rounded once.
     """
-    if must_be_plain(x, w, bias):
+    if takes_the_formula(x, w, bias):
         dropped = (F.dropout(x, rate) if rate else x).to(a.dtype)
         y = F.linear(x, w, bias)
         return torch.add(y, F.linear(F.linear(dropped, a), b), alpha=scale).to(y.dtype)
@@ -43,14 +45,19 @@ def linear_plus_low_rank(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b
     return _forward(x, w, bias, a, b, scale, rate, bits)[0]
 
 
-def must_be_plain(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
-    """Whether a formula has to be written in operations that others can take apart: the compiler, which fuses them by itself,
-    vmap, jvp and their like, and the autograd of a base that is trained as well."""
+def takes_the_formula(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
+    """Whether a formula is to be written in single operations.
+
+    Few rows, as in decoding, are served best by few calls. And some have to take the formula apart: the compiler, which fuses it
+    by itself, vmap, jvp and their like, and the autograd of a base that is trained as well. Nothing here may depend on whether
+    gradients are asked for: a checkpointed block runs both ways, and has to draw the same dropout mask.
+    """
     return (
         torch.compiler.is_compiling()
+        or x.numel() <= FEW_ROWS * x.shape[-1]
         or w.requires_grad
         or (bias is not None and bias.requires_grad)
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
         or torch.autograd.forward_ad._current_level >= 0
     )
 

@@ -1,7 +1,7 @@
 """DoRA: ``W' = m * V / |V|`` by rows with ``V = W + s B A`` (Liu et al. 2024, arXiv 2402.09353), a variant of LoRA.
 
 The paper treats ``|V|`` as a constant in the backward pass. ``V`` is never formed on the way through a layer: its norms follow
-from ``|V|^2 = |W|^2 + 2 s <W A', B> + s^2 <B (A A'), B>`` by rows.
+from ``|V|^2 = |W|^2 + s <2 W A' + s B (A A'), B>`` by rows.
 """
 
 from __future__ import annotations
@@ -67,5 +67,5 @@ def row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     with torch.no_grad():
         square = row_squares(w)
         w, a, b = full(w), full(a), full(b)
-        square = square + 2 * scale * ((w @ a.mT) * b).sum(-1) + scale**2 * ((b @ (a @ a.mT)) * b).sum(-1)
-        return square.clamp_min_(0).sqrt_()
+        across = (w @ a.mT).mul_(2).add_(b @ (a @ a.mT), alpha=scale)
+        return torch.add(square, across.mul_(b).sum(-1), alpha=scale).clamp_min_(0).sqrt_()
