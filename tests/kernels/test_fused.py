@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from inlay.kernels import lowrank
-from inlay.kernels.decomposed import row_squares
+from inlay.kernels.decomposed import linear_decomposed, row_squares
 from inlay.kernels.lowrank import linear_plus_low_rank
 
 from .cases import KERNELS, SCALE, SHAPES, Kernel, gradients, low_rank_formula, tensors
@@ -157,13 +157,17 @@ def test_half_precision_base(kernel: Kernel, half: torch.dtype, rows: int) -> No
     assert [t.dtype for t in found] == [half, *(torch.float32 for _ in trained)]
 
 
-def test_a_small_update_survives_half_precision() -> None:
-    """It is lost in the weight's rounding, but not in the output's: nothing is folded into a base of half precision."""
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gained", [False, True])
+def test_a_small_update_survives_half_precision(adapter: torch.dtype, autocast: bool, gained: bool) -> None:
+    """It would be lost in the weight's rounding, but is not in the output's."""
     x, w = torch.ones(64, 8, dtype=torch.bfloat16), torch.ones(4, 8, dtype=torch.bfloat16)
     w[:, ::2] = -1
-    a, b = torch.full((1, 8), 1e-3), torch.full((4, 1), 1e-3)
-    y = linear_plus_low_rank(x, w, None, a, b, 1.0, 0.0)
-    torch.testing.assert_close(y.float(), torch.full((64, 4), 8e-6), rtol=1e-2, atol=0)
+    a, b = torch.full((1, 8), 1e-3, dtype=adapter, requires_grad=True), torch.full((4, 1), 1e-3, dtype=adapter)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = linear_decomposed(x, w, None, a, b, torch.ones(4), 1.0) if gained else linear_plus_low_rank(x, w, None, a, b, 1.0, 0.0)
+    torch.testing.assert_close(y.float(), torch.full((64, 4), 8e-6), rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("few_rows", [-1, 1000])

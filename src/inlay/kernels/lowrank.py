@@ -78,10 +78,10 @@ def accumulate(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Te
 def folding_pays(rows: int, w: Tensor, dtype: torch.dtype) -> bool:
     """Whether writing ``W + B A`` twice (forward and backward) moves less memory than adding to output and input gradient.
 
-    Only where the weight has the precision of the update, which would be lost in it otherwise.
+    Never in half precision: what is small beside the weight would be lost in it for every input.
     """
     out, inp = w.shape
-    return w.dtype == dtype and 2 * out * inp < rows * (out + inp)
+    return w.dtype == dtype and dtype in (torch.float32, torch.float64) and 2 * out * inp < rows * (out + inp)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
