@@ -146,8 +146,7 @@ class PeftModel(nn.Module):
             kwargs |= dict(zip(self.positional, args, strict=False))
             args = args[len(self.positional) :]
         with self._rows(adapter_names):
-            if self.session.chosen_here and getattr(self.get_base_model(), "is_gradient_checkpointing", False):
-                carry_choices(self.get_base_model(), self.session)
+            self._carry_choice()
             if self._prompted():
                 from .prompts import forward_with_prompt
 
@@ -162,6 +161,12 @@ class PeftModel(nn.Module):
 
                 return generate_with_prompt(self, *args, **kwargs)
             return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _carry_choice(self) -> None:
+        base = self.get_base_model()
+        session = session_of(base)
+        if session is not None and session.chosen_here and getattr(base, "is_gradient_checkpointing", False):
+            carry_choices(base, session)
 
     def _prompted(self) -> bool:
         if not self._is_prompt_learning or not len(self.prompt_encoder):
