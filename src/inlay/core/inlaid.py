@@ -556,10 +556,22 @@ def host_of(place: AnyPlace) -> nn.Module:
 
 
 def places(model: nn.Module) -> Iterator[AnyPlace]:
-    """Every adapted place of a model, in the order of its modules."""
-    for module in model.modules():
+    """Every adapted place of a model, in the order of its modules.
+
+    The adapters' own modules are passed by, so that the way does not grow with each adapter that is loaded.
+    """
+    seen: set[nn.Module] = set()
+    ahead = [model]
+    while ahead:
+        module = ahead.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        children = module._modules
         if isinstance(module, Inlaid):
-            yield from module._inlay.values()
+            yield from list(module._inlay.values())
+            children = {name: child for name, child in children.items() if name != "adapters"}
+        ahead += [child for child in reversed(children.values()) if child is not None]
 
 
 def session_of(model: nn.Module) -> Session | None:
