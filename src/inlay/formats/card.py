@@ -55,7 +55,7 @@ def write_card(folder: Path, model: nn.Module, config: PeftConfig) -> None:
     if name:
         data.base_model = name
         tags.add(f"base_model:adapter:{name}")
-    data.library_name = "peft"
+    data["library_name"] = "peft"
     data.tags = sorted(tags)
     if config.task_type == "CAUSAL_LM" and not data.pipeline_tag:
         data.pipeline_tag = "text-generation"
