@@ -119,3 +119,25 @@ def test_unload_restores_after_merge():
     peft_model.merge_adapter()
     peft_model.unload()
     assert_same(before, snapshot(model))
+
+
+def test_dropout_on_expert_stacks_leaves_out_input_features_and_keeps_the_mean():
+    model = mixtral()
+    config = inlay.LoraConfig(target_modules=[], target_parameters=["experts.down_proj"], lora_dropout=0.25)
+    peft_model = inlay.get_peft_model(model, config)
+    stir(peft_model)
+    experts = model.model.layers[0].mlp.experts
+    own = experts._parameters["down_proj"]
+    peft_model.eval()
+    delta = experts.down_proj - own
+    peft_model.train()
+    torch.manual_seed(0)
+    drawn = torch.stack([(experts.down_proj - own).detach() for _ in range(400)])
+    share = drawn / delta.detach()
+    values = share[..., delta.detach().abs().amin(dim=(0, 1)) > 1e-5]
+    assert ((values.abs() < 1e-2) | ((values - 4 / 3).abs() < 1e-2)).all()
+    assert values.mean().item() == pytest.approx(1.0, abs=0.03)
+    # A feature is left out of all experts and outputs at once.
+    assert ((values > 0.5).float().std(dim=(1, 2)) == 0).all()
+    peft_model.merge_adapter()
+    torch.testing.assert_close(experts._parameters["down_proj"] - own, delta.detach(), rtol=1e-4, atol=1e-6)

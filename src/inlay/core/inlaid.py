@@ -163,6 +163,16 @@ class Inner:
         return Inner(self.site, call, params, bias=lambda: biased(p, self.bias()))
 
 
+def drop_features(p: Adapter, delta: Tensor) -> Tensor:
+    """Dropout for a host that reads its weight, whose inputs are out of reach: whole input features of what is added, for all
+    rows of the batch alike; ``(*batch, out, in)``."""
+    rate = p.method.dropout if isinstance(p.method, Additive) else 0.0
+    if not rate:
+        return delta
+    kept = torch.rand(delta.shape[-1], device=delta.device) >= rate
+    return delta * kept / (1 - rate)
+
+
 # What hosts that read their weights have read in the forward pass that is running: an expert stack is read once an expert.
 _read: ContextVar[dict[Any, Tensor] | None] = ContextVar("inlay_read", default=None)
 
@@ -231,13 +241,18 @@ class Place:
             inner = inner.then(self.adapters[name])
         return inner(x)
 
-    def fold(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Weight ``(*batch, out, in)`` and bias with these adapters in them, in full precision."""
+    def fold(self, names: Sequence[str], dropping: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Weight ``(*batch, out, in)`` and bias with these adapters in them, in full precision.
+
+        Args:
+            dropping: leave out what the methods' dropout leaves out in training.
+        """
         w, b = self.site.read()
         w, b = full(w), None if b is None else full(b)
         for name in self.here(names):
             p = self.adapters[name]
-            w, b = folded(p, w, biased(p, b))
+            new, b = folded(p, w, biased(p, b))
+            w = w + drop_features(p, new - w) if dropping and p.training and isinstance(p.method, Additive) else new
         return w, b
 
     def value(self, name: str) -> Tensor | None:
@@ -250,7 +265,7 @@ class Place:
         key = (id(self), name, names)
         if memory is not None and key in memory:
             return memory[key]
-        w, b = self.fold(names)
+        w, b = self.fold(names, dropping=True)
         found = {self.site.name: self.site.raw(w).to(self.site.dtype)}
         if self.site.bias_name is not None and b is not None:
             found[self.site.bias_name] = b.to(self.site.dtype)
