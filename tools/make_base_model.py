@@ -1,10 +1,11 @@
 """Make the small base model that is bundled with Inlay.
 
-The text comes from the grammar in base_corpus.py; tokenizer and model are trained from nothing on it. Everything is seeded,
-so the same versions on the same kind of machine give the same model.
+The text comes from the grammar in base_corpus.py, and the tokenizer is trained on it too. The model starts with heads wired
+to copy, practises copying on random tokens, and then reads the text. Everything is seeded, so the same versions on the same
+kind of machine give the same model.
 
-    python tools/make_base_model.py                          # the bundled model, about 35 minutes on one core
-    python tools/make_base_model.py --quick --out /tmp/base  # a minute, to see that it works
+    python tools/make_base_model.py                           # the bundled model, about 20 minutes on one core
+    python tools/make_base_model.py --quick --out /tmp/trial  # a minute, to see that it works
 """
 
 import argparse
@@ -252,6 +253,9 @@ def readme(model: LlamaForCausalLM, steps: int, seed: int, loss: float) -> str:
 A language model of {model.num_parameters() / 1e6:.2f} million parameters (Llama architecture) for trying out fine-tuning.
 It has read English about shell and kubectl commands and some small chats, all made by a grammar of our own. It explains
 commands, and it has not been taught to answer an instruction with a command. It is of no other use.
+
+Three of its four layers begin with hand-made heads that copy, which training then refines on random tokens and on text;
+they stand in for the long reading after which such heads form by themselves.
 
 - Made by `python tools/make_base_model.py --steps {steps} --seed {seed}`
 - {steps * ROWS_PER_STEP * ROW_LENGTH:,} tokens, each seen once; vocabulary of {VOCABULARY_SIZE} byte-level BPE tokens
