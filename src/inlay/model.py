@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .core.attach import attach, check_name
+from .core.calls import calling, penalised
 from .core.config import PeftConfig
 from .core.inlaid import Retrained, places, session_of
 from .core.session import Session, carry_choices
@@ -145,17 +146,19 @@ class PeftModel(nn.Module):
         if len(args) > 1:
             kwargs |= dict(zip(self.positional, args, strict=False))
             args = args[len(self.positional) :]
-        with self._rows(adapter_names):
+        base = self.get_base_model()
+        with self._rows(adapter_names), calling(base, args, kwargs):
             self._carry_choice()
             if self._prompted():
                 from .prompts import forward_with_prompt
 
                 return forward_with_prompt(self, *args, **kwargs)
-            return self.get_base_model()(*args, **kwargs)
+            output = base(*args, **kwargs)
+            return penalised(base, output) if self.training else output
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The base's ``generate`` with the adapters; arguments as for `forward` and for the base."""
-        with self._rows(adapter_names):
+        with self._rows(adapter_names), calling(self.get_base_model(), args, kwargs):
             if self._prompted():
                 from .prompts import generate_with_prompt
 
@@ -165,7 +168,7 @@ class PeftModel(nn.Module):
     def _carry_choice(self) -> None:
         base = self.get_base_model()
         session = session_of(base)
-        if session is not None and session.chosen_here and getattr(base, "is_gradient_checkpointing", False):
+        if session is not None and (session.chosen_here or session.call) and getattr(base, "is_gradient_checkpointing", False):
             carry_choices(base, session)
 
     def _prompted(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -116,3 +117,33 @@ def merged(model: Any, example: dict[str, Tensor]) -> Tensor:
         return outputs(model, example)
     finally:
         model.unmerge_adapter()
+
+
+def train(model: nn.Module, example: dict[str, Tensor], steps: int = 5) -> list[float]:
+    """Steps of plain gradient descent, which hides no factor as an adaptive optimiser would."""
+    model.train()
+    optimizer = torch.optim.SGD([q for q in model.parameters() if q.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(steps):
+        found = model(**example)
+        y = found if isinstance(found, Tensor) else found[0]
+        loss = (y - torch.linspace(-1, 1, y.shape[-1])).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def same_steps(name: str, method: str, folder: Path, **options: Any) -> None:
+    """From one file of the real library, after the same steps, both have the same losses and outputs."""
+    build, example = MODELS[name]
+    theirs = peft.get_peft_model(build(), getattr(peft, method)(**options))
+    jitter(theirs)
+    theirs.save_pretrained(folder)
+    ours = inlay.PeftModel.from_pretrained(build(), folder, is_trainable=True)
+    start = outputs(theirs, example())
+    its, mine = train(theirs, example()), train(ours, example())
+    assert mine == pytest.approx(its, rel=1e-5)
+    close(outputs(ours, example()), outputs(theirs, example()))
+    assert not torch.allclose(outputs(ours, example()), start, atol=1e-4), "nothing was learned"

@@ -5,15 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
-import torch
-from torch import Tensor, nn
 
-import inlay
-
-from .models import MODELS
-from .support import close, jitter, outputs
+from .support import same_steps
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora": ("llama", "LoraConfig", {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
@@ -38,32 +32,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def train(model: nn.Module, example: dict[str, Tensor], steps: int = 4) -> list[float]:
-    """Steps of plain gradient descent, which hides no factor as an adaptive optimiser would."""
-    model.train()
-    optimizer = torch.optim.SGD([q for q in model.parameters() if q.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(steps):
-        found = model(**example)
-        y = found if isinstance(found, Tensor) else found[0]
-        loss = (y - torch.linspace(-1, 1, y.shape[-1])).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_same_steps(case: str, tmp_path: Path) -> None:
     name, method, options = CASES[case]
-    build, example = MODELS[name]
-    theirs = peft.get_peft_model(build(), getattr(peft, method)(**options))
-    jitter(theirs)
-    theirs.save_pretrained(tmp_path)
-    ours = inlay.PeftModel.from_pretrained(build(), tmp_path, is_trainable=True)
-    start = outputs(theirs, example())
-    its, mine = train(theirs, example()), train(ours, example())
-    assert mine == pytest.approx(its, rel=1e-5)
-    close(outputs(ours, example()), outputs(theirs, example()))
-    assert not torch.allclose(outputs(ours, example()), start, atol=1e-4), "nothing was learned"
+    same_steps(name, method, tmp_path, **options)

@@ -14,7 +14,7 @@ from inlay.core.inlaid import Adapter, Place, places
 from inlay.core.method import Method
 from inlay.core.targets import explain_targets
 
-from .cases import CASES, METHOD_CASES
+from .cases import CASES, METHOD_CASES, SELECTED
 from .layouts import LAYOUTS, Layout
 
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
@@ -30,7 +30,7 @@ def refusal(case: str, layout: Layout) -> str | None:
     return next(iter(explain_targets(layout.model(), config_of(case, layout)).refused.values()), None)
 
 
-ALL_PAIRS = [(case, layout) for case in CASES for layout in LAYOUTS]
+ALL_PAIRS = [(case, layout) for case in SELECTED for layout in LAYOUTS]
 REFUSED = {(case, layout.name): reason for case, layout in ALL_PAIRS if (reason := refusal(case, layout)) is not None}
 PAIRS = [(case, layout) for case, layout in ALL_PAIRS if (case, layout.name) not in REFUSED]
 

@@ -12,8 +12,10 @@ from torch import nn
 
 from .config import PeftConfig
 from .inlaid import Place, Retrained, host_of, inlay, places, seat, session_of, unseat
+from .method import Method
 from .plan import Part, Plan, materialise
 from .session import BASE, Session, drop_choices
+from .steps import watch
 
 
 def check_name(name: str, session: Session | None) -> None:
@@ -56,12 +58,20 @@ def attach(
     session = session_of(model)
     check_name(name, session)
     session = session or Session()
-    plan = Plan(model, config, low_cpu_mem_usage or fill is not None, autocast_adapter_dtype)
-    parts = plan.parts(only)
-    if fill is not None:
-        fill(parts)
-        for part in parts:
-            materialise(part)
+    undo = config.rebuild(model) if isinstance(config, Method) else None
+    try:
+        plan = Plan(model, config, low_cpu_mem_usage or fill is not None, autocast_adapter_dtype)
+        parts = plan.parts(only)
+        if fill is not None:
+            fill(parts)
+            for part in parts:
+                materialise(part)
+    except BaseException:
+        if undo is not None:
+            undo()
+        raise
+    if undo is not None:
+        session.undo[name] = undo
     for part in parts:
         if part.shares_weight_of is not None:
             part.adapter._parameters["weight"] = part.shares_weight_of.adapter._parameters["weight"]
@@ -81,6 +91,7 @@ def attach(
     if activate_it or not session.active:
         activate(session, (name,), model)
     _show_trainable(model, session, (name,))
+    watch(session, model)
     return session
 
 
@@ -124,6 +135,8 @@ def detach(model: nn.Module, name: str) -> None:
             unseat(place, host_of(place), name)
     session.forget(name)
     del session.configs[name]
+    if name in session.undo:
+        session.undo.pop(name)()
     _show_trainable(model, session, session.active)
     if not session.configs:
         for q in session.frozen:

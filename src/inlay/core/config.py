@@ -131,7 +131,8 @@ class PeftConfig:
     revision: str | None = field(default=None, metadata={"help": "The base model's revision on a hub."})
     inference_mode: bool = field(default=False, metadata={"help": "Load the adapter frozen."})
 
-    # Fields of ours that HF's class of this method lacks; they are written to a file only where they are set.
+    # Fields of ours that HF's class of this method lacks; they are written to a file only where they are set. A field that no
+    # class of HF has says so itself, by ``ours`` in its metadata.
     ours: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -168,7 +169,8 @@ class PeftConfig:
         plain = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.metadata.get("in_file") is False or (f.name in self.ours and value == _default(f)):
+            ours = f.name in self.ours or f.metadata.get("ours", False)
+            if f.metadata.get("in_file") is False or (ours and value == _default(f)):
                 continue
             plain[f.name] = value
         return _jsonable(plain)

@@ -26,11 +26,15 @@ class Adapter(nn.Module):
 
     Attributes:
         method: the configuration as it holds for this site.
+        path: the name of the adapted weight in the model.
         strength: 0 is the base, 1 the adapter, 2 doubles what it does.
+        bank_at: the module and the weight at which what the layers share is registered; None where that is here.
+        name, session: the adapter's name and its model's session, once it has been set in.
         trained_bias: a retrained copy of the host's bias, or None.
     """
 
     trained_bias: nn.Parameter | None
+    session: Session | None
 
     if TYPE_CHECKING:
 
@@ -45,11 +49,12 @@ class Adapter(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         shared: nn.Module | None = None,
-        owns_shared: bool = False,
+        bank_at: tuple[str, str] | None = None,
         train_bias: bool = False,
     ) -> None:
         super().__init__()
         self.method, self.site, self.path, self.strength = method, site, path, 1.0
+        self.bank_at, self.name, self.session = bank_at, "", None
         for name, param in self.declared.items():
             tensor = _initial(param, site, generator_for(method.seed, path, name), dtype, device)
             if param.trainable:
@@ -58,19 +63,20 @@ class Adapter(nn.Module):
                 self.register_buffer(name, tensor, persistent=param.persistent)
         # A tuple hides the common part from registration everywhere but on the first layer.
         self._shared = (shared,)
-        if owns_shared:
+        if shared is not None and bank_at is None:
             self.bank = shared
         bias = site.bias() if train_bias else None
         self.trained_bias = None if bias is None else nn.Parameter(bias.detach().to(device, dtype, copy=True))
 
     def materialise(self) -> None:
         """Give initial values to tensors that are still on the meta device."""
-        method, site, incomplete = self.method, self.site, False
+        method, site, incomplete, underived = self.method, self.site, False, False
         for table in (self._parameters, self._buffers):
             for name, tensor in table.items():
                 if tensor is None or tensor.device.type != "meta":
                     continue
                 incomplete |= table is self._parameters
+                underived |= name in self._non_persistent_buffers_set
                 if name == "trained_bias":
                     value = site.bias().detach().to(tensor.dtype, copy=True)  # type: ignore[union-attr]
                 else:
@@ -78,6 +84,8 @@ class Adapter(nn.Module):
                 if table is self._parameters:
                     value = nn.Parameter(value, requires_grad=tensor.requires_grad)
                 table[name] = value  # type: ignore[assignment]
+        if underived:
+            method.derive(self)
         if incomplete:
             method.start(self)
 
@@ -107,6 +115,11 @@ class Adapter(nn.Module):
     def shared(self) -> Any:
         return self._shared[0]
 
+    @property
+    def call(self) -> dict[str, Tensor]:
+        """What `Method.given` found in the running call of the model; empty where the layer is called by itself."""
+        return {} if self.session is None else self.session.call.get(self.name, {})
+
     def extra_repr(self) -> str:
         return type(self.method).__name__
 
@@ -122,9 +135,15 @@ def _initial(param: Param, site: Site, generator: torch.Generator, dtype: torch.
 
 
 class Inner:
-    """The layer so far: what it does to an input, and which weight and bias that amounts to."""
+    """The layer so far: what it does to an input, and which weight and bias that amounts to.
 
-    __slots__ = ("bias", "call", "dense", "params", "site")
+    Attributes:
+        dense: weight and bias of an ordinary linear layer, for which a kernel may stand.
+        bias: gives the bias without the weight, which a quantised host would have to restore.
+        args, kwargs: what the host was called with beside its input.
+    """
+
+    __slots__ = ("args", "bias", "call", "dense", "kwargs", "params", "site")
 
     def __init__(
         self,
@@ -133,10 +152,11 @@ class Inner:
         params: Callable[[], tuple[Tensor, Tensor | None]],
         dense: tuple[Tensor, Tensor | None] | None = None,
         bias: Callable[[], Tensor | None] | None = None,
+        further: tuple[tuple[Any, ...], dict[str, Any]] = ((), {}),
     ) -> None:
         self.site, self.call, self.params, self.dense = site, call, params, dense
-        # The bias without the weight, which a quantised host would have to restore.
         self.bias = (lambda: params()[1]) if bias is None else bias
+        self.args, self.kwargs = further
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.call(x)
@@ -145,9 +165,10 @@ class Inner:
         """This layer with one more adapter on it."""
         inner = self if p.trained_bias is None else self._with_bias_of(p)
         method = p.method
-        if p.strength == 1 or isinstance(method, Additive):
-            return Inner(self.site, lambda x: method.around(p, inner, x), lambda: folded(p, *inner.params()))
-        return Inner(self.site, lambda x: Method.around(method, p, inner, x), lambda: folded(p, *inner.params()))
+        further = self.args, self.kwargs
+        if p.strength == 1 or isinstance(method, Additive) or method.unmergeable:
+            return Inner(self.site, lambda x: method.around(p, inner, x), lambda: folded(p, *inner.params()), further=further)
+        return Inner(self.site, lambda x: Method.around(method, p, inner, x), lambda: folded(p, *inner.params()), further=further)
 
     def _with_bias_of(self, p: Adapter) -> Inner:
         def call(x: Tensor) -> Tensor:
@@ -160,7 +181,7 @@ class Inner:
             w, b = self.params()
             return w, biased(p, b)
 
-        return Inner(self.site, call, params, bias=lambda: biased(p, self.bias()))
+        return Inner(self.site, call, params, bias=lambda: biased(p, self.bias()), further=(self.args, self.kwargs))
 
 
 def drop_features(p: Adapter, delta: Tensor) -> Tensor:
@@ -221,14 +242,16 @@ class Place:
             weight = site.module._parameters.get("weight")
             if type(weight) is nn.Parameter or type(weight) is Tensor:
                 dense = weight, site.module._parameters["bias"]
-        return Inner(site, (lambda x: call(x, *args, **(kwargs or {}))) if further else call, site.read, dense, site.bias)
+        if not further:
+            return Inner(site, call, site.read, dense, site.bias)
+        return Inner(site, lambda x: call(x, *args, **(kwargs or {})), site.read, dense, site.bias, (args, kwargs or {}))
 
     def forward(self, call: Callable[..., Tensor], bare: bool, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The adapted layer on ``x``, for whoever is active here and now."""
         names, rows = self.session.choice()
         if rows is None:
             return self._stacked(call, bare, names, x, args, kwargs)
-        return by_rows(rows, lambda row, x, *a, **k: self._stacked(call, bare, (row,), x, a, k), (x, *args), kwargs)
+        return by_rows(self.session, rows, lambda row, x, *a, **k: self._stacked(call, bare, (row,), x, a, k), (x, *args), kwargs)
 
     def _stacked(
         self, call: Callable[..., Tensor], bare: bool, names: Sequence[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -246,7 +269,13 @@ class Place:
 
         Args:
             dropping: leave out what the methods' dropout leaves out in training.
+
+        Raises:
+            TypeError: a method is no function of the weight; the message says why.
         """
+        for name in self.here(names):
+            if self.adapters[name].method.unmergeable:
+                raise TypeError(self.adapters[name].method.unmergeable)
         w, b = self.site.read()
         w, b = full(w), None if b is None else full(b)
         for name in self.here(names):
@@ -318,7 +347,7 @@ class Retrained:
     def forward(self, call: Callable[..., Any], _: bool, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         choice = self.session.choice()
         if choice.rows is not None:
-            return by_rows(choice.rows, lambda name, *a, **k: self._chosen(call, (name,), a, k), (x, *args), kwargs)
+            return by_rows(self.session, choice.rows, lambda name, *a, **k: self._chosen(call, (name,), a, k), (x, *args), kwargs)
         return self._chosen(call, choice.names, (x, *args), kwargs)
 
     def _chosen(self, call: Callable[..., Any], names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -373,7 +402,7 @@ class Retrained:
 AnyPlace = Place | Retrained
 
 
-def by_rows(rows: Sequence[str], run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def by_rows(session: Session, rows: Sequence[str], run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run each adapter on its rows of every argument that has the batch in front, and put the rows back in order.
 
     Raises:
@@ -394,7 +423,8 @@ def by_rows(rows: Sequence[str], run: Callable[..., Any], args: tuple[Any, ...],
         def pick(a: Any, index: Tensor = index) -> Any:
             return a[index] if isinstance(a, Tensor) and a.ndim and a.shape[0] == size else a
 
-        parts.append(run(name, *map(pick, args), **{k: pick(v) for k, v in kwargs.items()}))
+        with session.narrowed(of_name.nonzero().squeeze(1)):
+            parts.append(run(name, *map(pick, args), **{k: pick(v) for k, v in kwargs.items()}))
         order.append(index)
     back = torch.cat(order).argsort()
     return tree_map(lambda *found: torch.cat(found)[back] if isinstance(found[0], Tensor) else found[0], *parts)
@@ -414,7 +444,8 @@ class Inlaid:
             if not args:
                 # The host may be called by the name of its input.
                 first = next(iter(kwargs))
-                args = (kwargs.pop(first),)
+                args, unnamed = (kwargs.pop(first),), call
+                call = lambda x, *a, **k: unnamed(*a, **{first: x}, **k)  # noqa: E731
             return place.forward(call, hook is None, args[0], args[1:], kwargs)
         return self._reading(call, args, kwargs)
 
@@ -429,7 +460,7 @@ class Inlaid:
         if rows is not None:
             if getattr(self, "batch_first", True) is False:
                 raise ValueError("An adapter for each row needs the batch in front, and this attention has it behind (batch_first=False).")
-            return by_rows(rows, run, args, kwargs)
+            return by_rows(session, rows, run, args, kwargs)
         if torch.compiler.is_compiling():
             return call(*args, **kwargs)
         token = _read.set({})
@@ -540,6 +571,8 @@ def bare(module: nn.Module) -> nn.Module:
 def seat(place: AnyPlace, module: nn.Module, name: str, adapter: nn.Module) -> None:
     """Give an adapter its name at a place. Raw parameters of one host share the adapter's name and keep their own below it."""
     place.adapters[name] = adapter  # type: ignore[assignment]
+    if isinstance(adapter, Adapter):
+        adapter.name, adapter.session = name, place.session
     adapter.train(module.training)
     table: nn.ModuleDict = module.adapters  # type: ignore[assignment]
     if place.name in ("", "weight"):
@@ -587,6 +620,11 @@ def places(model: nn.Module) -> Iterator[AnyPlace]:
             yield from list(module._inlay.values())
             children = {name: child for name, child in children.items() if name != "adapters"}
         ahead += [child for child in reversed(children.values()) if child is not None]
+
+
+def adapters_of(model: nn.Module, name: str) -> list[Adapter]:
+    """The adapters of one name at all weights of a model."""
+    return [p for place in places(model) if isinstance(p := place.adapters.get(name), Adapter)]
 
 
 def session_of(model: nn.Module) -> Session | None:

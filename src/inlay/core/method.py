@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -151,8 +151,14 @@ class Method(PeftConfig):
     overrides: dict[str, dict[str, Any]] | None = field(default=None, metadata=_help("Other values of any field by module pattern."))
     seed: int | None = field(default=None, metadata=_help("Seed of the initial values.") | {"in_file": False})
 
+    # How the tensors' names start; the paper's number at arXiv; what becomes of the weight, in one line.
     prefix: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    equation: ClassVar[str] = ""
+    # Sets of options by name, the plain one ("") first: what the tests of the law run on, for small layers.
+    examples: ClassVar[dict[str, dict[str, Any]]] = {"": {}}
+    # Arguments of the model's call that are the method's and not the base's.
+    takes: ClassVar[tuple[str, ...]] = ()
     ours: ClassVar[frozenset[str]] = frozenset(
         {"target_parameters", "trainable_token_indices", "ensure_weight_tying", "overrides", "seed", "bias"}
     )
@@ -183,6 +189,14 @@ class Method(PeftConfig):
     def prepare(self, base: nn.Module) -> None:
         """Fill in the options whose defaults depend on the base, before modules are looked for."""
 
+    def rebuild(self, base: nn.Module) -> Callable[[], None] | None:
+        """Change the structure of the base, before modules are looked for; returns what undoes it, called when the adapter leaves."""
+        return None
+
+    def site_of(self, module: nn.Module) -> Site | None:
+        """Where the method acts in a module that is targeted; None stands for the module's weight."""
+        return None
+
     def refuses(self, site: Site) -> str | None:
         """The mathematical reason why the method cannot act on a site, or None."""
         return None
@@ -191,9 +205,21 @@ class Method(PeftConfig):
         """The tensors that the method keeps for a site, declared."""
         raise TypeError(f"{type(self).__name__} declares no parameters")
 
-    def shared(self, sites: Sequence[Site]) -> nn.Module | None:
-        """What all layers of one adapter have in common. It hangs on the first of them and reaches the others as ``p.shared``."""
+    def shared(self, sites: Mapping[str, Site]) -> nn.Module | None:
+        """What the layers of one adapter have in common. It hangs on the first of them and reaches the others as ``p.shared``.
+
+        Args:
+            sites: by name, in the order of the modules.
+        """
         return None
+
+    def bank_key(self, name: str) -> str | None:
+        """What a file calls a tensor of `shared`; None leaves it out."""
+        return f"base_model.{name}"
+
+    def repeated(self, p: Adapter) -> dict[str, str]:
+        """Tensors of `shared` that a file repeats at each layer: their name in the bank by their key behind the layer's name."""
+        return {}
 
     def at(self, path: str) -> Method:
         """The method as it is for the module of this name: patterns applied, and the variant that the options ask for."""
@@ -227,6 +253,10 @@ class Method(PeftConfig):
         other.__class__ = cls  # type: ignore[assignment]
         return other
 
+    def derive(self, p: Adapter) -> None:
+        """Set what follows from the base and is in no file: the buffers that are not persistent. Called before `start`, and for
+        an adapter from a file as well."""
+
     def start(self, p: Adapter) -> None:
         """Set what the initial values of single tensors cannot know: called once all of them are there."""
 
@@ -235,6 +265,18 @@ class Method(PeftConfig):
         from .targets import DEFAULT_TARGETS
 
         return DEFAULT_TARGETS
+
+    # -- in training --
+    def given(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the layers need to know of the model's call: tensors with the batch in front, which reach them as ``p.call``."""
+        return {}
+
+    def penalty(self, adapters: Sequence[Adapter]) -> Tensor | None:
+        """A term of the loss, of the adapters of one name at all their layers."""
+        return None
+
+    def stepped(self, adapters: Sequence[Adapter], optimizer: torch.optim.Optimizer) -> None:
+        """Called after each step of an optimiser that holds parameters of these adapters; their gradients are still there."""
 
     # -- the law --
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -278,8 +320,29 @@ def biased(p: Adapter, b: Tensor | None) -> Tensor | None:
     return new if b is None or p.strength == 1 else torch.lerp(b.to(new.dtype), new, p.strength)
 
 
+@dataclass
 class Additive(Method):
-    """A method that adds to the weight: it gives `delta`, and may give `delta_bias`."""
+    """A method that adds to the weight: it gives `delta`, and may give `delta_bias`.
+
+    Args:
+        use_dora: train the lengths of the adapted weight's rows apart from their directions (see `core.decomposed`).
+        input_dropout: share of inputs that the added path leaves out in training, in [0, 1).
+    """
+
+    use_dora: bool = field(default=False, metadata=_help("Train the rows' magnitudes apart.") | {"ours": True})
+    input_dropout: float = field(default=0.0, metadata=_help("Share of inputs that the update leaves out in training.") | {"ours": True})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.input_dropout < 1:
+            raise ValueError(f"`input_dropout` is a share in [0, 1), not {self.input_dropout!r}.")
+        if self.input_dropout and type(self).dropout is not Additive.dropout:
+            raise ValueError(f"{type(self).__name__} has a dropout of its own; set that in place of `input_dropout`.")
+
+    def variant(self) -> Method:
+        from .decomposed import decomposed
+
+        return self.become(decomposed(type(self))) if self.use_dora else self
 
     def delta(self, p: Adapter) -> Tensor:
         """What is added to the weight, ``(*batch, out, in)``, at strength 1."""
@@ -292,7 +355,7 @@ class Additive(Method):
     @property
     def dropout(self) -> float:
         """The share of inputs that the added path leaves out in training."""
-        return 0.0
+        return self.input_dropout
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         extra = self.delta_bias(p)

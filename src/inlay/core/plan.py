@@ -106,12 +106,20 @@ class Plan:
         return site_at(self.modules[path])
 
     def _adapter(
-        self, method: Method, site: Site, path: str, *, bank: nn.Module | None = None, owns_bank: bool = False, bias: bool = False
+        self,
+        method: Method,
+        site: Site,
+        path: str,
+        *,
+        bank: nn.Module | None = None,
+        bank_at: tuple[str, str] | None = None,
+        bias: bool = False,
     ) -> Adapter:
         device = torch.device("meta") if self.on_meta else site.device
         dtype = adapter_dtype(site.dtype, self.autocast)
-        adapter = Adapter(method, site, path, dtype=dtype, device=device, shared=bank, owns_shared=owns_bank, train_bias=bias)
+        adapter = Adapter(method, site, path, dtype=dtype, device=device, shared=bank, bank_at=bank_at, train_bias=bias)
         if not self.on_meta:
+            method.derive(adapter)
             method.start(adapter)
         return adapter
 
@@ -126,14 +134,25 @@ class Plan:
             targets = self._sources_of_ties(targets)
         if only is None and config.target_modules != NO_TARGETS:
             self.target_modules = resolved_targets(self.model, config, targets)
-        bank = config.shared([t.site for t in targets]) if targets else None
+        bank, bank_at = self._bank(config, targets), None
         parts = []
         for target in targets:
             method, site = config.at(target.name), target.site
-            owns_bank = bank is not None and not parts
-            adapter = self._adapter(method, site, target.path, bank=bank, owns_bank=owns_bank, bias=config.bias != "none")
+            adapter = self._adapter(method, site, target.name, bank=bank, bank_at=bank_at, bias=config.bias != "none")
+            bank_at = bank_at or (target.path, site.name)
             parts.append(Part(target.path, site.module, site, adapter, target.in_file or target.path))
         return parts
+
+    def _bank(self, config: Method, targets: list[Target]) -> nn.Module | None:
+        """What the layers share, where the first of them is."""
+        bank = config.shared({t.name: t.site for t in targets}) if targets else None
+        if bank is None:
+            return None
+        first = targets[0].site
+        dtype = adapter_dtype(first.dtype, self.autocast)
+        for q in bank.parameters():
+            q.data = q.data.to(dtype)
+        return bank.to(first.device)
 
     def _sources_of_ties(self, targets: list[Target]) -> list[Target]:
         """Targets at either end of a tie become one at the source."""

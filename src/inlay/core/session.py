@@ -7,13 +7,13 @@ run on one model never see each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import PeftConfig, nearest
 
@@ -27,7 +27,11 @@ class Choice(NamedTuple):
     rows: tuple[str, ...] | None = None
 
 
+# What the methods of a model took from the call of it that is running, by the adapters' names: see `Method.given`.
+Call = dict[str, dict[str, Tensor]]
+
 _local: ContextVar[tuple[tuple[Session, Choice], ...]] = ContextVar("inlay_choices", default=())
+_calls: ContextVar[tuple[tuple[Session, Call], ...]] = ContextVar("inlay_calls", default=())
 
 
 @dataclass(eq=False)
@@ -42,6 +46,8 @@ class Session:
         frozen: base parameters that had been trainable; the last detaching sets them free again.
         traced: the innermost local choice of any thread. torch.compile cannot read a context variable, so a compiled graph
             is guarded by this attribute instead; it follows ``with`` blocks, but does not tell threads apart.
+        traced_call: likewise what the innermost running call of the model gave to its adapters.
+        undo: what takes back the changes that an adapter made to the structure of the base, by name.
     """
 
     configs: dict[str, PeftConfig] = field(default_factory=dict)
@@ -50,6 +56,8 @@ class Session:
     trainable: set[str] = field(default_factory=set)
     frozen: list[nn.Parameter] = field(default_factory=list)
     traced: Choice | None = None
+    traced_call: Call = field(default_factory=dict)
+    undo: dict[str, Callable[[], None]] = field(default_factory=dict)
 
     def choice(self) -> Choice:
         """Who acts here and now."""
@@ -113,6 +121,32 @@ class Session:
             if token is not None:
                 _local.reset(token)
 
+    # ---- what the running call gave -----------------------------------------------------------------------------------
+    @property
+    def call(self) -> Call:
+        """What the adapters took from the call of the model that is running in this thread or task."""
+        if torch.compiler.is_compiling():
+            return self.traced_call
+        return next((call for session, call in reversed(_calls.get()) if session is self), {})
+
+    @contextmanager
+    def calling(self, call: Call) -> Iterator[None]:
+        """The layers are told this of the model's call until the block ends."""
+        before = self.traced_call
+        token = None if torch.compiler.is_compiling() else _calls.set((*_calls.get(), (self, call)))
+        self.traced_call = call
+        try:
+            yield
+        finally:
+            self.traced_call = before
+            if token is not None:
+                _calls.reset(token)
+
+    def narrowed(self, rows: Tensor) -> AbstractContextManager[None]:
+        """The layers are told of these rows of the batch alone."""
+        if not self.call:
+            return nullcontext()
+        return self.calling({name: {key: t[rows] for key, t in given.items()} for name, given in self.call.items()})
 
 
 @dataclass
@@ -130,10 +164,10 @@ class CarriedChoice:
     checkpoint: Callable[..., Any]
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        choice = self.session.choice()
+        choice, call = self.session.choice(), self.session.call
 
         def run(*inputs: Any, **named: Any) -> Any:
-            with self.session.under(choice):
+            with self.session.under(choice), self.session.calling(call):
                 return function(*inputs, **named)
 
         return self.checkpoint(function if torch.compiler.is_compiling() else run, *args, **kwargs)

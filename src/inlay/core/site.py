@@ -157,8 +157,6 @@ class Site:
             raise TypeError(
                 f"The {self.name} of this {type(self.module).__name__} is computed (parametrized); make it plain before merging."
             )
-        if self.name not in own:
-            raise TypeError(f"The host's {self.name!r} is computed (a parametrization) and cannot be replaced; make it a parameter first.")
         if self.kept is None:
             self.kept = own[self.name], own.get(self.bias_name) if self.bias_name else None
         self.store.write(self.module, self.name, self.raw(weight))
@@ -371,6 +369,39 @@ class Norm(Read):
 
     def raw(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(self.raw_shape)
+
+
+class Whole(Site):
+    """A module as a whole, for a method that acts on what goes in and comes out and on no weight."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, "whole", None)
+
+    @property
+    def raw_shape(self) -> torch.Size:
+        return torch.Size()
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        return torch.Size((0, 0))
+
+    @property
+    def _any(self) -> Tensor | None:
+        return next((q for n, q in self.module.named_parameters() if q.is_floating_point() and "adapters." not in n), None)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self._any is None else self._any.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.get_default_dtype() if self._any is None else self._any.dtype
+
+    def bias(self) -> None:
+        return None
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        raise TypeError(f"A whole {type(self.module).__name__} is no matrix.")
 
 
 class Stack(Read):

@@ -64,7 +64,7 @@ class Target:
     @property
     def name(self) -> str:
         """What patterns of the configuration are matched against."""
-        return self.path if self.site.name == "weight" else f"{self.path}.{self.site.name}"
+        return self.path if self.site.name in ("weight", "whole") else f"{self.path}.{self.site.name}"
 
 
 @dataclass
@@ -126,7 +126,8 @@ def explain_targets(model: nn.Module, config: Method) -> Explanation:
         if why:
             found.excluded[path] = why
             continue
-        sites = _sites(module, modules_by_name=by_name, path=path)
+        own = config.site_of(module)
+        sites = _sites(module, by_name, path) if own is None else [Target(path, _known(module, own.name, own))]
         if not sites:
             found.refused[path] = f"a {type(module).__name__} has no weight that is known as a matrix"
         for target in sites:

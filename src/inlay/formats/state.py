@@ -78,12 +78,10 @@ class Slot(NamedTuple):
 
 def slots(path: str, in_file: str, site_name: str, adapter: nn.Module, name: str) -> Iterator[Slot]:
     """The tensors of one adapter at one place."""
-    base = f"{path}." if path else ""
-    live = f"{base}adapters.{name}." + (f"{site_name}." if site_name not in ("", "weight") else "")
+    base, live = f"{path}." if path else "", _live(path, site_name, name)
     if not isinstance(adapter, Adapter):
         for key in adapter.state_dict(keep_vars=True):
-            owner, _, leaf = key.rpartition(".")
-            yield Slot(base + key, live + key, adapter.get_submodule(owner), leaf)
+            yield Slot(base + key, live + key, *_held(adapter, key))
         return
     for own, param in adapter.declared.items():
         if param.persistent:
@@ -91,11 +89,28 @@ def slots(path: str, in_file: str, site_name: str, adapter: nn.Module, name: str
     if adapter.trained_bias is not None:
         inside = "" if isinstance(adapter.method, Biases) else "base_layer."
         yield Slot(f"{base}{inside}bias", f"{live}trained_bias", adapter, "trained_bias")
-    bank = adapter._modules.get("bank")
-    if bank is not None:
+    if adapter.shared is None:
+        return
+    bank, bank_live = adapter.shared, f"{live if adapter.bank_at is None else _live(*adapter.bank_at, name)}bank."
+    for leaf, key in adapter.method.repeated(adapter).items():
+        yield Slot(f"{in_file}.{leaf}", bank_live + key, *_held(bank, key))
+    if adapter.bank_at is None:
         for key in bank.state_dict():
             # The bank belongs to the whole adapter, one level above the model.
-            yield Slot(f"base_model.{key}", f"{live}bank.{key}", bank, key)
+            in_bank = adapter.method.bank_key(key)
+            if in_bank is not None:
+                yield Slot(in_bank, bank_live + key, *_held(bank, key))
+
+
+def _live(path: str, site_name: str, name: str) -> str:
+    """Where an adapter's tensors are in the model's own state dict."""
+    return (f"{path}." if path else "") + f"adapters.{name}." + (f"{site_name}." if site_name not in ("", "weight") else "")
+
+
+def _held(module: nn.Module, key: str) -> tuple[nn.Module, str]:
+    """The module that has a tensor, and as what."""
+    owner, _, leaf = key.rpartition(".")
+    return module.get_submodule(owner), leaf
 
 
 def slots_of_parts(parts: Sequence[Part], name: str) -> list[Slot]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class HRAConfig(Rotation):
 
     prefix: ClassVar[str] = "hra_"
     paper: ClassVar[str] = "2405.17484"
+    equation: ClassVar[str] = "W H1 H2 ... Hr, Hi = I - 2 ui ui'"
+    examples: ClassVar[dict[str, dict[str, Any]]] = {
+        "": {"r": 4}, "gram-schmidt": {"r": 2, "apply_GS": True}, "odd": {"r": 3, "bias": "hra_only"}
+    }  # fmt: skip
     ours: ClassVar[frozenset[str]] = Method.ours - {"bias"}
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -52,6 +52,8 @@ class IA3Config(Method):
 
     prefix: ClassVar[str] = "ia3_"
     paper: ClassVar[str] = "2205.05638"
+    equation: ClassVar[str] = "diag(l) W, or W diag(l) in feed-forward modules"
+    examples: ClassVar[dict[str, dict[str, Any]]] = {"": {"feedforward_modules": []}, "feedforward": {"feedforward_modules": r".*host.*"}}
     ours: ClassVar[frozenset[str]] = Method.ours | {"layers_to_transform", "layers_pattern"}
 
     def __post_init__(self) -> None:

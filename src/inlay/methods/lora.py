@@ -89,6 +89,19 @@ class LoraConfig(LowRank):
 
     prefix: ClassVar[str] = "lora_"
     paper: ClassVar[str] = "arXiv 2106.09685"
+    equation: ClassVar[str] = "W + s B A"
+    examples: ClassVar[dict[str, dict[str, Any]]] = {
+        "": {"r": 4, "lora_alpha": 6},
+        "rslora": {"r": 4, "use_rslora": True},
+        "dropout": {"r": 4, "lora_dropout": 0.3},
+        "lora-bias": {"r": 4, "lora_bias": True},
+        "bias-only": {"r": 4, "bias": "lora_only"},
+        "bias-all": {"r": 4, "bias": "all"},
+        "gaussian": {"r": 2, "init_lora_weights": "gaussian"},
+        "orthogonal": {"r": 4, "init_lora_weights": "orthogonal"},
+        "dora": {"r": 4, "use_dora": True, "lora_alpha": 6},
+        "dora-dropout": {"r": 4, "use_dora": True, "lora_dropout": 0.3},
+    }
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     ours: ClassVar[frozenset[str]] = frozenset({"overrides", "seed"})
     absent: ClassVar[tuple[str, ...]] = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,15 @@ class OFTConfig(Rotation):
 
     prefix: ClassVar[str] = "oft_"
     paper: ClassVar[str] = "2306.07280"
+    equation: ClassVar[str] = "W R', R block-diagonal and orthogonal"
+    examples: ClassVar[dict[str, dict[str, Any]]] = {
+        "": {"oft_block_size": 4},
+        "exact": {"oft_block_size": 4, "use_cayley_neumann": False},
+        "count": {"r": 2, "oft_block_size": 0, "num_cayley_neumann_terms": 3},
+        "ball": {"oft_block_size": 4, "coft": True, "eps": 0.2},
+        "shared": {"oft_block_size": 2, "block_share": True, "num_cayley_neumann_terms": 2},
+        "dropout": {"oft_block_size": 4, "module_dropout": 0.4, "bias": "oft_only"},
+    }
     ours: ClassVar[frozenset[str]] = Method.ours - {"bias"}
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ An embedding as a matrix is ``(dim, tokens)``, where these are columns; a head i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class TrainableTokensConfig(Method):
     as_part: bool = field(default=False, repr=False, metadata={"help": "Internal: the rows stand beside another method.", "in_file": False})
 
     prefix: ClassVar[str] = "trainable_tokens_"
+    equation: ClassVar[str] = "W with the columns of some tokens retrained"
+    examples: ClassVar[dict[str, dict[str, Any]]] = {"": {"token_indices": [0, 4, 7]}}
     ours: ClassVar[frozenset[str]] = Method.ours | {
         "as_part", "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save",
     }  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,10 @@ class VeraConfig(LowRank):
 
     prefix: ClassVar[str] = "vera_lambda_"
     paper: ClassVar[str] = "2310.11454"
+    equation: ClassVar[str] = "W + diag(b) B diag(d) A, with B and A frozen and shared"
+    examples: ClassVar[dict[str, dict[str, Any]]] = {
+        "": {"r": 4}, "dropout": {"r": 3, "vera_dropout": 0.3, "projection_prng_key": 7, "save_projection": False}
+    }  # fmt: skip
     ours: ClassVar[frozenset[str]] = (Method.ours - {"bias"}) | {"exclude_modules"}
 
     def __post_init__(self) -> None:
@@ -63,15 +67,16 @@ class VeraConfig(LowRank):
     def default_targets(self) -> dict[str, list[str] | str]:
         return super().default_targets() | {"phi": ["q_proj", "v_proj"]}
 
-    def shared(self, sites: Sequence[Site]) -> nn.Module:
+    def shared(self, sites: Mapping[str, Site]) -> nn.Module:
         """A and B for the widest of the layers; the others use a corner of them."""
         generator = torch.Generator().manual_seed(self.projection_prng_key)
         bank = nn.Module()
-        shapes = {"vera_A": (self.r, max(s.size("in") for s in sites)), "vera_B": (max(s.size("out") for s in sites), self.r)}
+        widest = {axis: max(site.size(axis) for site in sites.values()) for axis in ("in", "out")}
+        shapes = {"vera_A": (self.r, widest["in"]), "vera_B": (widest["out"], self.r)}
         for name, shape in shapes.items():
             bound = (6 / shape[1]) ** 0.5
             drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            bank.register_buffer(name, drawn.to(sites[0].device), persistent=self.save_projection)
+            bank.register_buffer(name, drawn, persistent=self.save_projection)
         return bank
 
     def params(self, site: Site) -> dict[str, Param]:

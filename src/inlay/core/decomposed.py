@@ -1,0 +1,75 @@
+"""Magnitude and direction trained apart, for any method that adds to the weight: ``diag(m) V / |V|`` by rows with ``V = W + D``.
+
+Liu et al. 2024 (arXiv 2402.09353) do so for LoRA. ``|V|`` counts as a constant in the backward pass, as in the paper.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .method import Additive, Method, Param, full, zeros
+from .site import Embedding, Site
+
+if TYPE_CHECKING:
+    from .inlaid import Adapter, Inner
+
+
+class Decomposed(Additive):
+    """Mixed in front of an additive method by ``use_dora=True``."""
+
+    @property
+    def magnitude(self) -> str:
+        return f"{self.prefix}magnitude_vector"
+
+    def params(self, site: Site) -> dict[str, Param]:
+        in_file = (1, -1, *(1 for _ in site.kernel)) if site.kernel else None
+        return super().params(site) | {self.magnitude: Param(("out",), zeros, file_shape=in_file)}
+
+    def start(self, p: Adapter) -> None:
+        super().start(p)
+        w, _ = p.site.read()
+        getattr(p, self.magnitude).data.copy_((full(w) + full(self.delta(p))).norm(dim=-1))
+
+    def _gain(self, p: Adapter, norms: Tensor) -> Tensor:
+        """``m / |V|``; at strength 0 there is no gain, so that the base remains."""
+        return 1 + p.strength * (getattr(p, self.magnitude) / norms - 1)
+
+    def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        v, b = super().fold(p, w, b)
+        return self._gain(p, v.norm(dim=-1).detach()).unsqueeze(-1) * v, b
+
+    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        site = inner.site
+        if isinstance(site, Embedding) or site.size("channel") != site.size("out"):
+            return Method.around(self, p, inner, x)
+        y = super().around(p, inner, x)
+        w, bias = inner.params()
+        with torch.no_grad():
+            v, bias_v = super().fold(p, full(w), bias)
+            norms = v.norm(dim=-1)
+        gain = site.rows(self._gain(p, norms))
+        if bias_v is None:
+            return (y * gain).to(y.dtype)
+        # The bias takes no part in the gain.
+        extra = self.delta_bias(p)
+        bias = bias_v if extra is None else (full(extra) * p.strength + (0 if bias is None else bias))
+        return (y * gain + site.rows(bias) * (1 - gain)).to(y.dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revive, (type(self).__mro__[2], self.__dict__)
+
+
+@cache
+def decomposed(method: type[Additive]) -> type[Additive]:
+    """The class of a method's decomposed form."""
+    return type(f"Decomposed{method.__name__}", (Decomposed, method), {"__module__": method.__module__})
+
+
+def _revive(method: type[Additive], state: dict[str, Any]) -> Method:
+    made = object.__new__(decomposed(method))
+    made.__dict__.update(state)
+    return made
