@@ -284,7 +284,8 @@ def test_magnitudes_over_any_delta(dropout: float) -> None:
     x = torch.randn(4, 6, dtype=torch.float64)
     torch.testing.assert_close(model.eval()(x), Model().double()(x))
     y = x
-    for layer, p in zip((model.get_base_model()[0], model.get_base_model()[2]), adapters_of(model.get_base_model(), "default"), strict=True):
+    base = model.get_base_model()
+    for layer, p in zip((base[0], base[2]), adapters_of(base, "default"), strict=True):
         p.toy_gain.data += 0.7
         p.toy_magnitude_vector.data *= 1.5
         v = layer.weight + 0.7 * torch.eye(6)
