@@ -184,16 +184,6 @@ class Inner:
         return Inner(self.site, call, params, bias=lambda: biased(p, self.bias()), further=(self.args, self.kwargs))
 
 
-def drop_features(p: Adapter, delta: Tensor) -> Tensor:
-    """Dropout for a host that reads its weight, whose inputs are out of reach: whole input features of what is added, for all
-    rows of the batch alike; ``(*batch, out, in)``."""
-    rate = p.method.dropout if isinstance(p.method, Additive) else 0.0
-    if not rate:
-        return delta
-    kept = torch.rand(delta.shape[-1], device=delta.device) >= rate
-    return delta * kept / (1 - rate)
-
-
 # What hosts that read their weights have read in the forward pass that is running: an expert stack is read once an expert.
 _read: ContextVar[dict[Any, Tensor] | None] = ContextVar("inlay_read", default=None)
 
@@ -281,7 +271,7 @@ class Place:
         for name in self.here(names):
             p = self.adapters[name]
             new, b = folded(p, w, biased(p, b))
-            w = w + drop_features(p, new - w) if dropping and p.training and isinstance(p.method, Additive) else new
+            w = w + p.method.thinned(p, new - w) if dropping and p.training and isinstance(p.method, Additive) else new
         return w, b
 
     def value(self, name: str) -> Tensor | None:

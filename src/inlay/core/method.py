@@ -365,10 +365,22 @@ class Additive(Method):
         return w + p.strength * full(self.delta(p)), b
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        return self.with_delta(p, inner, x, self.delta(p))
+
+    def with_delta(self, p: Adapter, inner: Inner, x: Tensor, delta: Tensor) -> Tensor:
+        """The layer on ``x`` with this update: `delta`, or what training draws from it."""
         y = inner(x)
         extra = self.delta_bias(p)
-        x, delta = meet(F.dropout(x, self.dropout, p.training) if x.is_floating_point() else x, self.delta(p))
+        x, delta = meet(F.dropout(x, self.dropout, p.training) if x.is_floating_point() else x, delta)
         return add(y, inner.site.apply(x, delta, extra), p.strength)
+
+    def thinned(self, p: Adapter, change: Tensor) -> Tensor:
+        """What training keeps of the change ``(*batch, out, in)`` of a weight that its host reads itself. The host's inputs are
+        out of reach, so dropout takes whole input features, for all rows of the batch alike."""
+        if not self.dropout:
+            return change
+        kept = torch.rand(change.shape[-1], device=change.device) >= self.dropout
+        return change * kept / (1 - self.dropout)
 
 
 class LowRank(Additive):
@@ -387,9 +399,12 @@ class LowRank(Additive):
         return self.scaling * (full(b) @ full(a))
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        return self.with_factors(p, inner, x, *self.factors(p))
+
+    def with_factors(self, p: Adapter, inner: Inner, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The layer on ``x`` with this update: `factors`, or what training draws from them."""
         from ..kernels.lowrank import linear_plus_low_rank
 
-        a, b = self.factors(p)
         extra = self.delta_bias(p)
         scale = self.scaling * p.strength
         rate = self.dropout if p.training else 0.0
