@@ -168,7 +168,7 @@ def _of_tied_ends(model: nn.Module, name: str) -> dict[str, Tensor]:
         source = p.method.source if isinstance(p, Adapter) and isinstance(p.method, Tied) else None
         if source is None:
             continue
-        if isinstance(source.method, LowRank):
+        if isinstance(source.method, LowRank) and "lora_embedding_A" in source.declared:
             a, b = source.method.factors(source)
             found |= {f"{place.path}.lora_A.weight": b.mT, f"{place.path}.lora_B.weight": a.mT}
         elif isinstance(source.method, TrainableTokensConfig) and not source.method.as_part:
