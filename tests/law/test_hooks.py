@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import inlay
+from inlay.capabilities import capabilities
 from inlay.core.attach import attach, detach
 from inlay.core.config import CONFIGS
 from inlay.core.inlaid import Adapter, Inner, adapters_of
@@ -244,37 +245,47 @@ def test_a_changed_structure_is_taken_back() -> None:
     assert len(model) == 3
 
 
-def test_a_method_of_somebody_else_in_twenty_lines(tmp_path: Path) -> None:
-    """The example of CONTRIBUTING."""
-
-    @register
-    @dataclass
-    class DiagonalConfig(Additive):
-        peft_type: str | None = "DIAGONAL"
-        scale: float = 1.0
-        prefix: ClassVar[str] = "diagonal_"
-
-        def refuses(self, site: Site) -> str | None:
-            return None if site.size("in") == site.size("out") else "only a square matrix has a diagonal to train"
-
-        def params(self, site: Site) -> dict[str, Param]:
-            return {"diagonal_d": Param(("in",))}
-
-        def delta(self, p: Adapter) -> Tensor:
-            return self.scale * torch.diag_embed(p.diagonal_d)
-
-    model = inlay.get_peft_model(Model(), DiagonalConfig(target_modules=TARGETS, scale=2.0))
-    for p in adapters_of(model.get_base_model(), "default"):
-        p.diagonal_d.data += torch.arange(6) / 6
+def test_the_method_of_the_contributors_page(tmp_path: Path) -> None:
+    """The page's own code, registered by its decorator, does everything."""
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) <= 25
+    space: dict[str, Any] = {"__name__": __name__}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), space)
+    gains = space["GainConfig"]
+    model = inlay.get_peft_model(Model(), gains(target_modules=TARGETS))
     x = torch.randn(2, 6)
+    torch.testing.assert_close(model(x), Model()(x))
+    for p in adapters_of(model.get_base_model(), "default"):
+        p.gain_g.data += torch.arange(6) / 6
     before = model(x)
+    base = Model()
+    for i in (0, 2):
+        base[i].weight.data *= 1 + torch.arange(6) / 6
+    torch.testing.assert_close(before, base(x))
     model.save_pretrained(tmp_path)
     again = inlay.PeftModel.from_pretrained(Model(), tmp_path)
-    assert isinstance(again.peft_config["default"], DiagonalConfig)
+    assert isinstance(again.peft_config["default"], gains)
     assert torch.equal(again(x), before)
     torch.testing.assert_close(again.merge_and_unload()(x), before)
-    with pytest.raises(ValueError, match="square"):
-        inlay.get_peft_model(nn.Sequential(nn.Linear(6, 5)), DiagonalConfig(target_modules=["0"]))
+    facts = capabilities("gain")
+    assert (facts.merges, facts.to_lora, facts.parameters, facts.count) == (True, "svd", "in", 4096)
+    assert facts.equation == "W diag(g)"
+
+
+def test_a_package_registers_its_method_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an installed package would: ``[project.entry-points."inlay.methods"]``."""
+    import importlib
+    import importlib.metadata
+
+    import inlay.methods
+
+    loaded: list[str] = []
+    entry = SimpleNamespace(load=lambda: loaded.append("theirs"))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry] if group == "inlay.methods" else [])
+    monkeypatch.setattr(inlay.methods.pkgutil, "iter_modules", lambda path: [])
+    importlib.reload(inlay.methods)
+    assert loaded == ["theirs"]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -10,13 +10,14 @@ from .chat import chat
 from .compare import compare
 from .inspect import inspect
 from .merge import merge
+from .methods import methods
 from .output import INTERRUPTED, UNEXPECTED, USAGE, fail, prepare
 from .quickstart import quickstart
 from .train import MethodCommand, train
 
 app = typer.Typer(
     name="inlay",
-    help="Adapters set flush into a frozen model: train, compare, talk, inspect, merge.",
+    help="Adapters set flush into a frozen model: train, compare, talk, inspect, merge, list methods.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,7 +39,7 @@ def root(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries below say.")] = False,
 ) -> None:
-    """Adapters set flush into a frozen model: train, compare, talk, inspect, merge."""
+    """Adapters set flush into a frozen model: train, compare, talk, inspect, merge, list methods."""
 
 
 app.command(cls=MethodCommand)(train)
@@ -46,6 +47,7 @@ app.command()(compare)
 app.command()(chat)
 app.command()(inspect)
 app.command()(merge)
+app.command()(methods)
 app.command()(quickstart)
 
 

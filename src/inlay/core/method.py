@@ -155,6 +155,8 @@ class Method(PeftConfig):
     prefix: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     equation: ClassVar[str] = ""
+    # How many numbers a layer trains, in its sizes and the options, where that does not show in the declared tensors.
+    count_formula: ClassVar[str] = ""
     # Sets of options by name, the plain one ("") first: what the tests of the law run on, for small layers.
     examples: ClassVar[dict[str, dict[str, Any]]] = {"": {}}
     # Arguments of the model's call that are the method's and not the base's.

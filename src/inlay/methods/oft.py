@@ -60,6 +60,7 @@ class OFTConfig(Rotation):
     prefix: ClassVar[str] = "oft_"
     paper: ClassVar[str] = "2306.07280"
     equation: ClassVar[str] = "W R', R block-diagonal and orthogonal"
+    count_formula: ClassVar[str] = "in·(oft_block_size - 1) / 2"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"oft_block_size": 4},
         "exact": {"oft_block_size": 4, "use_cayley_neumann": False},

@@ -39,6 +39,7 @@ class TrainableTokensConfig(Method):
 
     prefix: ClassVar[str] = "trainable_tokens_"
     equation: ClassVar[str] = "W with the columns of some tokens retrained"
+    count_formula: ClassVar[str] = "len(token_indices)·dim"
     examples: ClassVar[dict[str, dict[str, Any]]] = {"": {"token_indices": [0, 4, 7]}}
     ours: ClassVar[frozenset[str]] = Method.ours | {
         "as_part", "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save",
