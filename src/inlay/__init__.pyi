@@ -31,6 +31,8 @@ from .functions import inject_adapter_in_model as inject_adapter_in_model
 from .functions import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
+from .methods.loha import LoHaConfig as LoHaConfig
+from .methods.lokr import LoKrConfig as LoKrConfig
 from .methods.lora import LoraConfig as LoraConfig
 from .methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
 from .methods.oft import OFTConfig as OFTConfig

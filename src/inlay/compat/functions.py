@@ -6,7 +6,6 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import isqrt
 from typing import Any
 
 import torch
@@ -178,19 +177,3 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
     if absent:
         raise TypeError(f"Could not find the transformer layer class to wrap in the model: {', '.join(absent)}.")
     return functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={classes[n] for n in wanted if n in classes})
-
-
-# ---- peft.tuners.lokr.layer -----------------------------------------------------------------------------------------------
-def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """Two factors of a number, as LoKr splits an axis.
-
-    Args:
-        dimension: the number.
-        factor: the first of the two, where it divides the number. Else the two are as near to each other as they can be, the smaller
-            one first and at most ``factor``; no limit where -1.
-    """
-    if factor > 0 and dimension % factor == 0:
-        return factor, dimension // factor
-    limit = dimension if factor == -1 else factor
-    small = max((d for d in range(1, isqrt(dimension) + 1) if dimension % d == 0 and d <= limit), default=1)
-    return small, dimension // small

@@ -41,12 +41,13 @@ _HOMES = {
         "AuxiliaryTrainingWrapper BaseTunerLayer LoHaLayer LoKrLayer LoraLayer ModulesToSaveWrapper TrainableTokensWrapper"
     ),
     "inlay.compat.loading": "build_peft_weight_mapping",
+    "inlay.methods.lokr": "factorization",
     "inlay.compat.hotswap": (
         "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap"
     ),
     "inlay.compat.functions": (
         "PeftWarning _get_submodules cast_adapter_dtype check_if_peft_model check_target_module_exists "
-        "delete_adapter disable_input_dtype_casting factorization fsdp_auto_wrap_policy infer_device rescale_adapter_scale set_adapter "
+        "delete_adapter disable_input_dtype_casting fsdp_auto_wrap_policy infer_device rescale_adapter_scale set_adapter "
         "set_requires_grad transpose"
     ),
     "inlay.compat.installed": (
