@@ -29,6 +29,7 @@ from .functions import get_peft_config as get_peft_config
 from .functions import get_peft_model as get_peft_model
 from .functions import inject_adapter_in_model as inject_adapter_in_model
 from .functions import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from .methods.fourierft import FourierFTConfig as FourierFTConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
 from .methods.loha import LoHaConfig as LoHaConfig
