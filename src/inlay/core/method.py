@@ -225,6 +225,10 @@ class Method(PeftConfig):
 
     def at(self, path: str) -> Method:
         """The method as it is for the module of this name: patterns applied, and the variant that the options ask for."""
+        return self.patterned(path).variant()
+
+    def patterned(self, path: str) -> Method:
+        """The method with the values that patterns give its fields at the module of this name."""
         changes: dict[str, Any] = {}
         for attribute, name in self.patterns.items():
             hit = next((v for k, v in (getattr(self, attribute) or {}).items() if matches(k, path)), None)
@@ -233,7 +237,7 @@ class Method(PeftConfig):
         for pattern, fields in (self.overrides or {}).items():
             if matches(pattern, path):
                 changes |= fields
-        return (replace(self, **changes) if changes else self).variant()
+        return replace(self, **changes) if changes else self
 
     @property
     def follows_ties(self) -> bool:
