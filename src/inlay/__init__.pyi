@@ -29,6 +29,15 @@ from .functions import get_peft_config as get_peft_config
 from .functions import get_peft_model as get_peft_model
 from .functions import inject_adapter_in_model as inject_adapter_in_model
 from .functions import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from .initializers.corda import CordaConfig as CordaConfig
+from .initializers.corda import preprocess_corda as preprocess_corda
+from .initializers.eva import EvaConfig as EvaConfig
+from .initializers.eva import get_eva_state_dict as get_eva_state_dict
+from .initializers.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+from .initializers.loftq import LoftQConfig as LoftQConfig
+from .initializers.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
+from .initializers.loraga import LoraGAConfig as LoraGAConfig
+from .initializers.loraga import preprocess_loraga as preprocess_loraga
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config

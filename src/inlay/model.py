@@ -299,23 +299,27 @@ class PeftModel(nn.Module):
             selected_adapters: which; all where None.
             save_embedding_layers: write the base's embeddings too; ``"auto"`` does where they are adapted or were resized.
             is_main_process: write at all.
-            path_initial_model_for_weight_conversion: for HF's signature.
+            path_initial_model_for_weight_conversion: write LoRA adapters that started from the weight or from data as plain LoRA
+                of twice the rank, for the base as it is. They know their start; only others read it from this folder, which holds
+                the adapter as it was before training.
             state_dict: take values from here, where the model's own are sharded.
             max_shard_size: split larger files, with an index.
 
         Raises:
             ValueError: a name is unknown, or a tensor is empty because its shards were not gathered.
         """
-        if path_initial_model_for_weight_conversion is not None:
-            raise ValueError("`path_initial_model_for_weight_conversion` is for initialisations that change the base; none was used.")
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file.")
         for name in self.session.check(self.peft_config if selected_adapters is None else selected_adapters):
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
             if not is_main_process:
                 continue
-            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             config = self.peft_config[name]
+            if path_initial_model_for_weight_conversion is not None:
+                from .initializers.convert import as_plain_lora
+
+                tensors, config = as_plain_lora(self.get_base_model(), name, config, tensors, path_initial_model_for_weight_conversion)
+            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             write_adapter(
                 folder, tensors, self._config_in_file(config), safe_serialization=safe_serialization, max_shard_size=max_shard_size
             )

@@ -14,8 +14,9 @@ from typing import Any
 
 _MODULES = """
 peft peft.auto peft.config peft.functional peft.helpers peft.import_utils peft.mapping peft.mapping_func peft.mixed_model
-peft.peft_model peft.tuners peft.tuners.tuners_utils peft.utils peft.utils.constants peft.utils.error peft.utils.hotswap
-peft.utils.other peft.utils.peft_types peft.utils.save_and_load peft.utils.transformers_weight_conversion peft.utils.warning
+peft.peft_model peft.tuners peft.tuners.lora.corda peft.tuners.lora.eva peft.tuners.lora.loraga peft.tuners.tuners_utils
+peft.utils peft.utils.constants peft.utils.error peft.utils.hotswap peft.utils.loftq_utils peft.utils.other
+peft.utils.peft_types peft.utils.save_and_load peft.utils.transformers_weight_conversion peft.utils.warning
 """
 MODULES = frozenset(_MODULES.split())
 # Below the package of a method.
@@ -32,6 +33,13 @@ _HOMES = {
         "PromptTuningInit TaskType cast_mixed_precision_params get_layer_status get_model_status get_peft_config get_peft_model "
         "get_peft_model_state_dict inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training set_peft_model_state_dict"
     ),
+    "inlay.initializers.corda": "CordaConfig CordaEigens preprocess_corda",
+    "inlay.initializers.eva": (
+        "EvaConfig forward_fn_dict get_eva_state_dict initialize_lora_eva_weights prepare_layer_inputs_fn_language_modeling "
+        "prepare_model_inputs_fn_language_modeling"
+    ),
+    "inlay.initializers.loftq": "LoftQConfig replace_lora_weights_loftq",
+    "inlay.initializers.loraga": "LoraGAConfig preprocess_loraga",
     "inlay.core.config": "PeftConfigMixin",
     "inlay.status": "TunerLayerStatus TunerModelStatus",
     "inlay.tuner": "BaseTuner",

@@ -69,6 +69,7 @@ class Param:
         persistent: goes to the file and the state dict.
         batched: the batch axes of the site go before the axes.
         dtype: a dtype of its own (indices); None follows the policy.
+        optional: a file may lack it; `Method.derive` gives it then.
     """
 
     axes: tuple[str | int, ...]
@@ -79,6 +80,7 @@ class Param:
     persistent: bool = True
     batched: bool = True
     dtype: torch.dtype | None = None
+    optional: bool = False
 
     def shape(self, site: Site) -> tuple[int, ...]:
         return (*(site.batch if self.batched else ()), *map(site.size, self.axes))

@@ -301,7 +301,8 @@ def compare(
     for slot in found:
         hit = next((k for k in (slot.key, _with_name(slot.key, name)) if k in given), None)
         if hit is None:
-            report.missing_keys.append(key_in_file(slot))
+            if slot.param is None or not slot.param.optional:
+                report.missing_keys.append(key_in_file(slot))
             continue
         used.add(hit)
         key, tensor = given[hit]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..core.config import PeftType, nearest
+from .. import initializers
+from ..core.config import PeftType
 from ..core.inlaid import Adapter
-from ..core.method import Init, LowRank, Method, Param, kaiming_uniform, normal, register, zeros
+from ..core.method import Init, LowRank, Method, Param, normal, register, zeros
 from ..core.site import Embedding, Site, _AnyConv
-
-INITS = ("gaussian", "orthogonal")
+from ..initializers.plain import gaussian, orthogonal, uniform
 
 
 def _help(text: str) -> dict[str, Any]:
@@ -27,9 +27,11 @@ class LoraRuntimeConfig:
 
     Args:
         ephemeral_gpu_offload: for HF's signature; nothing here needs it.
+        progress: called with the number of layers whose start has been computed, and of all, where starts take time.
     """
 
     ephemeral_gpu_offload: bool = False
+    progress: Callable[[int, int], object] | None = None
 
 
 @register
@@ -44,11 +46,14 @@ class LoraConfig(LowRank):
         fan_in_fan_out: for HF's signature; the layout of a layer is known from its type.
         use_rslora: scale by ``lora_alpha / sqrt(r)``.
         init_lora_weights: True (A Kaiming-uniform, B zero), ``"gaussian"`` (A normal with standard deviation ``1 / r``),
-            ``"orthogonal"`` (A and B from one orthonormal basis, their product zero), or False (both random, for tests).
+            ``"orthogonal"`` (A and B from one orthonormal basis, their product zero), or False (both random, for tests); from the
+            weight: ``"pissa"``, ``"pissa_niter_[n]"`` (with n subspace iterations), ``"olora"``, ``"mica"``; from data: ``"eva"``,
+            ``"corda"``, ``"lora_ga"``; or ``"loftq"``, for a weight that is quantised. See `inlay.initializers`.
+        loftq_config, eva_config, corda_config, lora_ga_config: the options of the start of that name.
         rank_pattern, alpha_pattern: other ranks and alphas by pattern of module names.
         use_dora: weight decomposition (see `Dora`).
         lora_bias: a bias in B.
-        alora_invocation_tokens, loftq_config, eva_config, corda_config, lora_ga_config, velora_config, use_qalora,
+        alora_invocation_tokens, velora_config, use_qalora,
             qalora_group_size, monteclora_config, layer_replication, use_bdlora, arrow_config, kasa_config, megatron_config,
             megatron_core, runtime_config: for HF's signature and files; a value that asks for a variant that is not here yet
             is refused by name.
@@ -63,15 +68,15 @@ class LoraConfig(LowRank):
     lora_dropout: float = field(default=0.0, metadata=_help("Share of inputs that the update leaves out in training."))
     fan_in_fan_out: bool = field(default=False, metadata=_help("Ignored: a layer's layout is known from its type."))
     use_rslora: bool = field(default=False, metadata=_help("Scale by lora_alpha / sqrt(r)."))
-    init_lora_weights: bool | str = field(default=True, metadata=_help("true, false, gaussian or orthogonal."))
+    init_lora_weights: bool | str = field(default=True, metadata=_help("How the factors start: true, false, pissa, olora, eva, ..."))
     rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata=_help("Other ranks by module pattern."))
     alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata=_help("Other alphas by module pattern."))
     megatron_config: dict[str, Any] | None = field(default=None, metadata=_help("For HF's files."))
     megatron_core: str | None = field(default="megatron.core", metadata=_help("For HF's files."))
-    loftq_config: Any = field(default_factory=dict, metadata=_help("For HF's files."))
-    eva_config: Any = field(default=None, metadata=_help("For HF's files."))
-    corda_config: Any = field(default=None, metadata=_help("For HF's files."))
-    lora_ga_config: Any = field(default=None, metadata=_help("For HF's files."))
+    loftq_config: Any = field(default_factory=dict, metadata=_help("Options of init_lora_weights=loftq."))
+    eva_config: Any = field(default=None, metadata=_help("Options of init_lora_weights=eva."))
+    corda_config: Any = field(default=None, metadata=_help("Options of init_lora_weights=corda."))
+    lora_ga_config: Any = field(default=None, metadata=_help("Options of init_lora_weights=lora_ga."))
     use_dora: bool = field(default=False, metadata=_help("Weight decomposition: train the rows' magnitudes apart."))
     velora_config: Any = field(default=None, metadata=_help("For HF's files."))
     alora_invocation_tokens: list[int] | None = field(default=None, metadata=_help("For HF's files."))
@@ -120,10 +125,8 @@ class LoraConfig(LowRank):
             self.lora_alpha = int(self.lora_alpha)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` is a share in [0, 1), not {self.lora_dropout!r}.")
-        init = self.init_lora_weights
-        if not isinstance(init, bool) and init not in INITS:
-            raise ValueError(f"Unknown init_lora_weights={init!r}.{nearest(str(init), INITS)} Known: True, False, {', '.join(INITS)}.")
-        if init == "orthogonal" and self.r % 2:
+        initializers.check(self)
+        if self.init_lora_weights == "orthogonal" and self.r % 2:
             raise ValueError(f"init_lora_weights='orthogonal' splits the rank in two halves; r={self.r} is odd.")
         for name in self.absent:
             if getattr(self, name):
@@ -143,6 +146,12 @@ class LoraConfig(LowRank):
         from .dora import Dora
 
         return self.become(Dora) if self.use_dora else self
+
+    def at(self, path: str) -> Method:
+        return initializers.initialized(super().at(path))
+
+    def shared(self, sites: Mapping[str, Site]) -> nn.Module | None:
+        return initializers.starts(self, sites)
 
     def refuses(self, site: Site) -> str | None:
         groups = getattr(site.module, "groups", 1) if isinstance(site, _AnyConv) else 1
@@ -175,12 +184,11 @@ class LoraConfig(LowRank):
     def _inits(self, site: Site) -> tuple[Init, Init]:
         init = self.init_lora_weights
         if init == "orthogonal":
-            return _orthogonal(self.scaling, 1), _orthogonal(self.scaling, 0)
+            return orthogonal(self.scaling)
         if isinstance(site, Embedding):
             # HF starts an embedding's update with the other factor at zero: what is looked up is then dense.
             return (zeros, normal()) if init else (normal(), normal())
-        start = normal(1 / self.r) if init == "gaussian" else kaiming_uniform
-        return start, zeros if init else kaiming_uniform
+        return gaussian(self.r) if init == "gaussian" else uniform(bool(init))
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         a, b = self.names(p.site)
@@ -190,20 +198,3 @@ class LoraConfig(LowRank):
         if not self.lora_bias:
             return None
         return self.scaling * (p.lora_B_bias.flatten() if isinstance(p.site, _AnyConv) else p.lora_B_bias)
-
-
-def _orthogonal(scaling: float, half: int) -> Init:
-    """A from the odd and B from the even columns of one orthogonal r x r basis, so that ``B A = 0`` while neither is zero."""
-
-    def start(tensor: Tensor, generator: torch.Generator) -> None:
-        # Both factors must see one basis, so its generator is made anew from what they share: the rank.
-        r = tensor.shape[-2] if half else tensor.shape[-1]
-        shared = torch.Generator().manual_seed(r)
-        basis, _ = torch.linalg.qr(torch.randn(r, r, generator=shared))
-        columns = basis[half::2]
-        if half:
-            tensor.copy_((torch.randn(*tensor.shape[:-2], tensor.shape[-1], r // 2, generator=generator) @ columns).mT / 10 / scaling**0.5)
-        else:
-            tensor.copy_(torch.randn(*tensor.shape[:-1], r // 2, generator=generator) @ columns / 10 / scaling**0.5)
-
-    return start

@@ -1,0 +1,225 @@
+"""LoftQ: factors that make up for what quantising the weight loses (Li et al. 2023, arXiv 2310.08659).
+
+On a dense base the quantisation is simulated: the adapter acts on the weight rounded to 4 or 8 bits, which it keeps beside the
+base, and the base stays what it is. On a base that is quantised already, `replace_lora_weights_loftq` starts the factors from
+the weights on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.method import LowRank, Method, Param, full, zeros
+from ..core.site import Site
+from ..kernels.blockwise import rounded
+from .offset import alive
+from .pissa import pissa
+
+if TYPE_CHECKING:
+    from ..core.inlaid import Adapter, Inner
+
+
+@dataclass
+class LoftQConfig:
+    """Options of LoftQ.
+
+    Args:
+        loftq_bits: 4 (NF4 in blocks of 64) or 8.
+        loftq_iter: how often quantisation and factors are fitted to each other.
+    """
+
+    loftq_bits: int = field(default=4, metadata={"help": "Bits of the quantised weight: 4 or 8."})
+    loftq_iter: int = field(default=1, metadata={"help": "Alternating steps."})
+
+    def __post_init__(self) -> None:
+        if self.loftq_bits not in (4, 8):
+            raise ValueError(f"`loftq_bits` is 4 or 8, not {self.loftq_bits!r}.")
+        if self.loftq_iter < 1:
+            raise ValueError(f"`loftq_iter` is at least 1, not {self.loftq_iter!r}.")
+
+
+def quantized(site: Site, w: Tensor, r: int, bits: int, iterations: int) -> Tensor:
+    """The weight after the last rounding: each round is of what the factors of the last one left over.
+
+    Args:
+        w: ``(*batch, out, in)``; blocks run as the host keeps its weight in memory.
+    """
+    w, product = full(w), torch.zeros(())
+    for i in range(iterations):
+        q = site.matrix(rounded(site.raw(w - product), bits))
+        if i + 1 < iterations:
+            a, b = pissa(w - q, r, 1.0)
+            product = (b @ a).to(w.dtype)
+    return q
+
+
+class Loftq(LowRank):
+    """Mixed in front of `LoraConfig` or a variant of it: the weight beneath the update is the rounded one."""
+
+    if TYPE_CHECKING:
+
+        def names(self, site: Site) -> tuple[str, str]: ...
+
+    @property
+    def never_identity(self) -> str:
+        return "LoftQ starts from the quantised weight, as near to the base as the rank allows"
+
+    def refuses(self, site: Site) -> str | None:
+        if not site.store.dense:
+            return "it is quantised already; start from init_lora_weights=True and call `replace_lora_weights_loftq`"
+        return super().refuses(site)
+
+    def params(self, site: Site) -> dict[str, Param]:
+        declared = super().params(site)
+        declared |= {name: replace(declared[name], init=zeros) for name in self.names(site)}
+        return declared | {"lora_base": Param(("out", "in"), zeros, trainable=False, persistent=False, dtype=site.dtype)}
+
+    def derive(self, p: Adapter) -> None:
+        super().derive(p)
+        options = LoftQConfig(**self.loftq_config)  # type: ignore[attr-defined]
+        a, _ = self.names(p.site)
+        r = self.params(p.site)[a].shape(p.site)[-2]
+        with torch.no_grad():
+            p.lora_base.copy_(quantized(p.site, p.site.read()[0], r, options.loftq_bits, options.loftq_iter))
+
+    @torch.no_grad()
+    def start(self, p: Adapter) -> None:
+        a, b = (getattr(p, name) for name in self.names(p.site))
+        found = pissa(full(p.site.read()[0]) - full(p.lora_base), a.shape[-2], self.scaling)
+        for old, new in zip((a, b), alive(*found, a.shape[-2], self.scaling), strict=True):
+            old.copy_(new)
+        super().start(p)
+        magnitude = getattr(p, "lora_magnitude_vector", None)
+        if magnitude is not None:
+            magnitude.copy_((full(p.lora_base) + full(self.delta(p))).norm(dim=-1))
+
+    def _lost(self, p: Adapter) -> Tensor:
+        """What rounding takes from the weight, at the adapter's strength."""
+        return p.strength * (full(p.lora_base) - full(p.site.read()[0]))
+
+    def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return super().fold(p, w + self._lost(p), b)
+
+    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        from ..core.inlaid import Inner
+
+        site = inner.site
+
+        def call(x: Tensor) -> Tensor:
+            if dense is not None:
+                return F.linear(x, *dense)
+            y, lost = inner(x), self._lost(p)
+            return (y + site.apply(x.to(lost.dtype) if x.is_floating_point() else x, lost)).to(y.dtype)
+
+        def params() -> tuple[Tensor, Tensor | None]:
+            w, b = inner.params()
+            return full(w) + self._lost(p), b
+
+        dense = (p.lora_base, inner.dense[1]) if inner.dense is not None and p.strength == 1 else None
+        return super().around(p, Inner(site, call, params, dense, inner.bias, (inner.args, inner.kwargs)), x)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revive, (type(self).__mro__[2], self.__dict__)
+
+
+@cache
+def loftq(method: type[LowRank]) -> type[LowRank]:
+    """The class of a low-rank method over a rounded weight."""
+    return type(f"Loftq{method.__name__}", (Loftq, method), {"__module__": method.__module__})
+
+
+def _revive(method: type[LowRank], state: dict[str, Any]) -> Method:
+    made = object.__new__(loftq(method))
+    made.__dict__.update(state)
+    return made
+
+
+# ---- on a quantised base -------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def replace_lora_weights_loftq(
+    peft_model: nn.Module,
+    model_path: str | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """Start the factors of a LoRA adapter on a quantised base from what the quantisation lost.
+
+    Args:
+        peft_model: a quantised base with the adapter on it, whose values are replaced.
+        model_path: the base's safetensors file, or its folder; where None, what the base was loaded from, on this machine.
+        callback: asked after each layer, with the model and the layer's name, whether to keep the new factors.
+
+    Raises:
+        ValueError: no adapted layer is quantised, or the file is not found or lacks a weight.
+    """
+    from ..core.inlaid import Adapter, Place, places
+    from ..core.targets import bare_model
+
+    base = bare_model(peft_model)
+    found = [
+        (place, p)
+        for place in places(base)
+        if isinstance(place, Place) and not place.site.store.dense and isinstance(p := place.adapters.get(adapter_name), Adapter)
+    ]
+    if not found:
+        raise ValueError(f"No layer of adapter {adapter_name!r} is quantised; `init_lora_weights='loftq'` is for a base that is not.")
+    read = _weights_on_disk(base, model_path)
+    for place, p in found:
+        method: Any = p.method
+        a, b = (getattr(p, name) for name in method.names(p.site))
+        before = a.detach().clone(), b.detach().clone()
+        stored = full(p.site.read()[0])
+        lost = p.site.matrix(read(f"{place.path}.{p.site.name}")).to(stored) - stored
+        for old, new in zip((a, b), alive(*pissa(lost, a.shape[-2], method.scaling), a.shape[-2], method.scaling), strict=True):
+            old.copy_(new)
+        if callback is not None and not callback(peft_model, place.path):
+            a.copy_(before[0])
+            b.copy_(before[1])
+
+
+def _weights_on_disk(base: nn.Module, path: str | None) -> Callable[[str], Tensor]:
+    """Reads one tensor of a base at a time, by its name in the model."""
+    from safetensors import safe_open
+
+    if path is None:
+        path = _downloaded(getattr(base, "name_or_path", ""))
+    index = Path(path) / "model.safetensors.index.json"
+    single = Path(path) if os.path.isfile(path) else Path(path) / "model.safetensors"
+    if single.is_file():
+        with safe_open(single, framework="pt") as file:
+            files = dict.fromkeys(file.keys(), single)
+    elif index.is_file():
+        files = {key: Path(path) / name for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+    else:
+        raise ValueError(f"There is no model.safetensors (nor an index of one) at {str(path)!r}; pass the base's folder as `model_path`.")
+
+    def read(name: str) -> Tensor:
+        prefix = f"{getattr(base, 'base_model_prefix', '')}."
+        key = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in files), None)
+        if key is None:
+            raise ValueError(f"{path} has no weight {name!r}; is it the same model?")
+        with safe_open(files[key], framework="pt") as file:
+            return file.get_tensor(key)
+
+    return read
+
+
+def _downloaded(name: str) -> str:
+    if os.path.isdir(name):
+        return name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"The weights of {name!r} are not on this machine ({error}); pass the base's folder as `model_path`.") from error

@@ -1,0 +1,164 @@
+"""LoRA-GA: start where the first step of full fine-tuning goes (Wang et al. 2024, arXiv 2407.05000).
+
+The factors are singular vectors of the weight's gradient, other ones in A than in B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.method import generator_for
+from .calibration import store, stored, targets
+from .svd import singular_vectors
+
+if TYPE_CHECKING:
+    from ..core.site import Site
+    from .offset import Offset
+
+DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
+SCALES = ("stable", "weight_svd", "gd_scale", "unit")
+
+
+@dataclass
+class LoraGAConfig:
+    """Options of LoRA-GA.
+
+    Args:
+        direction: which of the first 2r singular vectors go where: ``"ArB2r"`` (A the first r, B the others), ``"A2rBr"`` (the other
+            way round), ``"ArBr"`` (B the first, third, ..., A the second, fourth, ...), or ``"random"`` (r of them, the same in both).
+        scale: ``"stable"`` (B by ``out ** 0.25 / sqrt(stable_gamma)``), ``"weight_svd"`` (B's first vector as long as the weight's
+            largest singular value), ``"gd_scale"`` (both divided by LoRA's scaling), or ``"unit"``.
+        stable_gamma: see ``scale``.
+
+    Raises:
+        ValueError: an option is unknown.
+    """
+
+    direction: str = field(default="ArB2r", metadata={"help": "ArBr, A2rBr, ArB2r or random."})
+    scale: str = field(default="stable", metadata={"help": "stable, weight_svd, gd_scale or unit."})
+    stable_gamma: int = field(default=16, metadata={"help": "The gamma of scale='stable'."})
+
+    def __post_init__(self) -> None:
+        for name, known in (("direction", DIRECTIONS), ("scale", SCALES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}`={getattr(self, name)!r} is not one of {', '.join(known)}.")
+
+
+def attribute(name: str) -> str:
+    """Where a host keeps the gradient of its weight until the adapter starts."""
+    return "_peft_loraga_grad" if name == "weight" else f"_peft_loraga_grad_{name}"
+
+
+def preprocess_loraga(model: nn.Module, lora_config: Any, train_step: Callable[[], object], cache_file: str | None = None) -> None:
+    """Estimate the gradients of the weights that a configuration means, before `get_peft_model`.
+
+    Args:
+        model: the base.
+        lora_config: with ``init_lora_weights="lora_ga"`` and a ``lora_ga_config``.
+        train_step: runs the model forward and backward, on as many batches as the estimate is to have.
+        cache_file: where to keep the gradients; read instead of computing them where it exists.
+
+    Raises:
+        ValueError: there is no ``lora_ga_config``, a layer is quantised, or one got no gradient.
+    """
+    if lora_config.lora_ga_config is None:
+        raise ValueError("LoRA-GA needs LoraConfig(init_lora_weights='lora_ga', lora_ga_config=LoraGAConfig(...)).")
+    sites = targets(model, lora_config)
+    for name, site in sites.items():
+        if not site.store.dense:
+            raise ValueError(f"LoRA-GA needs the gradients of weights, and {name!r} is quantised: use the base from before.")
+    known = stored(cache_file, next(iter(sites.values())).device)
+    if known is None:
+        known = {f"{name}._peft_loraga_grad": g for name, g in _gradients(model, sites, train_step).items()}
+        store(cache_file, known)
+    for name, site in sites.items():
+        setattr(site.module, attribute(site.name), known[f"{name}._peft_loraga_grad"])
+
+
+def _gradients(model: nn.Module, sites: dict[str, Site], train_step: Callable[[], object]) -> dict[str, Tensor]:
+    """The mean gradient of each weight over the backward passes of ``train_step``. The model is as it was before."""
+    held = {name: site.module._parameters[site.name] for name, site in sites.items()}
+    before = [(q, q.requires_grad, q.grad) for q in model.parameters()]
+    counts = dict.fromkeys(sites, 0)
+
+    def counting(name: str) -> Callable[[Tensor], None]:
+        def count(_: Tensor) -> None:
+            counts[name] += 1
+
+        return count
+
+    training = model.training
+    try:
+        for q, _, _ in before:
+            q.requires_grad_(False)
+            q.grad = None
+        handles = [q.requires_grad_(True).register_post_accumulate_grad_hook(counting(name)) for name, q in held.items()]
+        model.train()
+        with torch.enable_grad():
+            train_step()
+        for handle in handles:
+            handle.remove()
+        silent = next((name for name, n in counts.items() if not n), None)
+        if silent is not None:
+            raise ValueError(f"{silent!r} got no gradient while `train_step` ran; call `loss.backward()` in it.")
+        return {name: q.grad.detach() / counts[name] for name, q in held.items()}  # type: ignore[union-attr]
+    finally:
+        model.train(training)
+        for q, required, grad in before:
+            q.requires_grad_(required)
+            q.grad = grad
+
+
+def loraga_start(sites: Sequence[Site], method: Offset, paths: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Factors from the gradients that `preprocess_loraga` left on the layers, which are taken away there.
+
+    Raises:
+        ValueError: there are none, and how to come by them; or there are less than 2r singular vectors.
+    """
+    site = sites[0]
+    name = attribute(site.name)
+    for one, path in zip(sites, paths, strict=True):
+        if not hasattr(one.module, name):
+            raise ValueError(
+                f"The LoRA-GA start of {path!r} is not known. For a new adapter, run `preprocess_loraga(model, config, train_step)` first. "
+                "A file of HF peft does not hold it: have HF peft convert the adapter "
+                "(`save_pretrained(..., path_initial_model_for_weight_conversion=...)`). If the base is the residual already, set "
+                "`init_lora_weights` to true in the file's adapter_config.json."
+            )
+    options: LoraGAConfig = method.lora_ga_config or LoraGAConfig()  # type: ignore[attr-defined]
+    gradients = torch.stack([one.matrix(vars(one.module).pop(name)) for one in sites])
+    r = method.params(site)[method.names(site)[0]].shape(site)[-2]
+    if 2 * r > min(site.shape[-2:]):
+        raise ValueError(
+            f"LoRA-GA takes 2 r = {2 * r} directions, and the gradient of {paths[0]!r} has {min(site.shape[-2:])}: choose a smaller r."
+        )
+    u, s, v = singular_vectors(gradients, 2 * r)
+    in_a, in_b = _chosen(options.direction, r)
+    a, b = v.mT[..., in_a, :], u[..., in_b] * s[..., in_b].unsqueeze(-2)
+    if options.scale == "stable":
+        b = b * (site.size("out") ** 0.25 / options.stable_gamma**0.5)
+    elif options.scale == "weight_svd":
+        w = torch.stack([one.read()[0].detach() for one in sites])
+        longest = s[..., in_b][..., :1].unsqueeze(-1)
+        b = torch.where(longest > 0, b * (torch.linalg.matrix_norm(w.to(b), 2)[..., None, None] / longest), b)
+    elif options.scale == "gd_scale":
+        a, b = a / method.scaling, b / method.scaling
+    return a, b
+
+
+def _chosen(direction: str, r: int) -> tuple[Tensor, Tensor]:
+    """Which singular vectors are A's and which B's."""
+    every = torch.arange(2 * r)
+    if direction == "ArBr":
+        return every[1::2], every[::2]
+    if direction == "A2rBr":
+        return every[r:], every[:r]
+    if direction == "ArB2r":
+        return every[:r], every[r:]
+    drawn = torch.randperm(2 * r, generator=generator_for(0, "lora_ga"))[:r]
+    return drawn, drawn

@@ -1,0 +1,171 @@
+"""Starting from factors whose product is not zero, with the base as it is.
+
+HF peft overwrites the weight with the residual ``W - s B0 A0``, so that the product ``s B0 A0`` can be trained. Here the weight
+stays, and the adapter adds what has changed since: ``s (B A - B0 A0)``. That is the same function on the same files, it starts
+from the base exactly, also from a quantised one, and it can be merged, switched and taken out like any other.
+
+It is written as ``(B - B0) A + B0 (A - A0)``, one product of twice the rank whose terms are as small as the change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.method import LowRank, Method, Param, generator_for, kaiming_uniform, zeros
+from ..core.site import Site
+
+if TYPE_CHECKING:
+    from ..core.inlaid import Adapter
+
+# How many numbers of weights are decomposed at once.
+AT_ONCE = 2**23
+
+Start = Callable[[Sequence[Site], "Offset", Sequence[str]], tuple[Tensor, Tensor]]
+
+
+class Offset(LowRank):
+    """Mixed in front of `LoraConfig` or a variant of it, for ``init_lora_weights`` that start from the weight or from data.
+
+    The start is kept in two frozen buffers. What follows from the base is computed again when an adapter is loaded; what came
+    from data (``from_data``) goes to the file, in two tensors beside HF's.
+    """
+
+    if TYPE_CHECKING:
+
+        def names(self, site: Site) -> tuple[str, str]: ...
+
+    @property
+    def _starter(self) -> tuple[Start, bool]:
+        from . import STARTS
+
+        return STARTS[str(self.init_lora_weights).partition("_niter_")[0]]  # type: ignore[attr-defined]
+
+    @property
+    def from_data(self) -> bool:
+        return self._starter[1]
+
+    def params(self, site: Site) -> dict[str, Param]:
+        declared = super().params(site)
+        a, b = self.names(site)
+        for name, of in (("lora_A_start", a), ("lora_B_start", b)):
+            declared[of] = replace(declared[of], init=zeros)
+            kept = {"trainable": False, "persistent": self.from_data, "optional": self.from_data}
+            declared[name] = replace(declared[of], key=f"{name}.weight", **kept)
+        return declared
+
+    def derive(self, p: Adapter) -> None:
+        super().derive(p)
+        starts = p.shared if isinstance(p.shared, Starts) else Starts({p.path: p.site}, lambda _: self)
+        a, b = starts.take(p.path)
+        p.lora_A_start.copy_(a)
+        p.lora_B_start.copy_(b)
+
+    def start(self, p: Adapter) -> None:
+        a, b = self.names(p.site)
+        getattr(p, a).data.copy_(p.lora_A_start)
+        getattr(p, b).data.copy_(p.lora_B_start)
+        super().start(p)
+
+    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        a, b = super().factors(p)
+        return torch.cat((a, a - p.lora_A_start), -2), torch.cat((b - p.lora_B_start, p.lora_B_start), -1)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _revive, (type(self).__mro__[2], self.__dict__)
+
+
+@cache
+def offset(method: type[LowRank]) -> type[LowRank]:
+    """The class of a low-rank method that starts from factors whose product is not zero."""
+    return type(f"Offset{method.__name__}", (Offset, method), {"__module__": method.__module__})
+
+
+def _revive(method: type[LowRank], state: dict[str, Any]) -> Method:
+    made = object.__new__(offset(method))
+    made.__dict__.update(state)
+    return made
+
+
+class Starts(nn.Module):
+    """The starts of all layers of one adapter, computed when the first is asked for, those of one shape together.
+
+    Args:
+        sites: the layers by name.
+        method_of: the method as it is for a name.
+        progress: called with the number of layers that are done, and of all.
+    """
+
+    def __init__(
+        self, sites: Mapping[str, Site], method_of: Callable[[str], Method], progress: Callable[[int, int], object] | None = None
+    ) -> None:
+        super().__init__()
+        self.progress, self.total, self.done = progress, len(sites), 0
+        self.methods = {path: m for path in sites if isinstance(m := method_of(path), Offset)}
+        self.sites = {path: sites[path] for path in self.methods}
+        self.found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def take(self, path: str) -> tuple[Tensor, Tensor]:
+        """The start of one layer, which is forgotten here."""
+        if path not in self.found:
+            self._compute(self._like(path))
+        return self.found.pop(path)
+
+    def _like(self, path: str) -> list[str]:
+        """Layers that are decomposed in one call with this one."""
+        chosen, limit = [path], AT_ONCE // max(1, self.sites[path].shape.numel())
+        for other in self.sites:
+            if len(chosen) >= limit:
+                break
+            if other != path and self._kind(other) == self._kind(path):
+                chosen.append(other)
+        return chosen
+
+    def _kind(self, path: str) -> tuple[Any, ...]:
+        site, method = self.sites[path], self.methods[path]
+        return site.shape, site.device, method.r, method.scaling, method.init_lora_weights  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def _compute(self, paths: Sequence[str]) -> None:
+        method, sites = self.methods[paths[0]], [self.sites.pop(path) for path in paths]
+        site = sites[0]
+        a_name, _ = method.names(site)
+        r = method.params(site)[a_name].shape(site)[-2]
+        start, _ = method._starter
+        factors = start(sites, method, paths)
+        a, b = alive(*factors, r, method.scaling)
+        self.found |= {path: (a[i], b[i]) for i, path in enumerate(paths)}
+        for path in paths:
+            del self.methods[path]
+        self.done += len(paths)
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def alive(a: Tensor, b: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Factors of rank r. Ranks that the weight does not have, where both factors would be zero for ever, start as those of LoRA do.
+
+    Args:
+        a: ``(*, k, in)``. b: ``(*, out, k)``, ``k <= r``.
+    """
+    missing = r - a.shape[-2]
+    if missing:
+        a = torch.cat((a, a.new_zeros(*a.shape[:-2], missing, a.shape[-1])), -2)
+        b = torch.cat((b, b.new_zeros(*b.shape[:-1], missing)), -1)
+    sizes = a.norm(dim=-1) * b.norm(dim=-2)
+    dead = sizes <= 1e-7 * sizes.amax(-1, keepdim=True)
+    if not dead.any():
+        return a, b
+    drawn = torch.empty(a.shape[-2:], dtype=torch.float32)
+    kaiming_uniform(drawn, generator_for(0, "surplus"))
+    return torch.where(dead.unsqueeze(-1), drawn.to(a), a), torch.where(dead.unsqueeze(-2), torch.zeros_like(b), b)
+
+
+def weights(sites: Sequence[Site]) -> Tensor:
+    """The weights of sites of one shape, ``(sites, *batch, out, in)``."""
+    return torch.stack([site.read()[0].detach() for site in sites])
