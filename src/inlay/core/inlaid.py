@@ -76,7 +76,7 @@ class Adapter(nn.Module):
                 if tensor is None or tensor.device.type != "meta":
                     continue
                 incomplete |= table is self._parameters
-                underived |= name in self._non_persistent_buffers_set
+                underived |= name in self._non_persistent_buffers_set or (name in self.declared and self.declared[name].optional)
                 if name == "trained_bias":
                     value = site.bias().detach().to(tensor.dtype, copy=True)  # type: ignore[union-attr]
                 else:
