@@ -46,8 +46,10 @@ from .methods.lokr import LoKrConfig as LoKrConfig
 from .methods.lora import LoraConfig as LoraConfig
 from .methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
 from .methods.oft import OFTConfig as OFTConfig
+from .methods.road import RoadConfig as RoadConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
 from .methods.vera import VeraConfig as VeraConfig
+from .methods.waveft import WaveFTConfig as WaveFTConfig
 from .model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from .model import PeftMixedModel as PeftMixedModel
 from .model import PeftModel as PeftModel

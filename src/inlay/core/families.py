@@ -53,3 +53,46 @@ def acts_on_last_axis(site: Site) -> bool:
 def in_full_precision(p: Adapter) -> torch.autocast:
     """No autocast within: small matrices that are inverted, or that differ little from one another, need all their digits."""
     return torch.autocast(next(p.parameters()).device.type, enabled=False)
+
+
+def skew(vectors: Tensor, size: int) -> Tensor:
+    """Skew-symmetric matrices ``(*, size, size)`` of what is above their diagonals, row by row: ``(*, size (size - 1) / 2)``."""
+    upper, lower = torch.triu_indices(size, size, 1, device=vectors.device)
+    half = vectors.new_zeros(*vectors.shape[:-1], size, size)
+    half[..., upper, lower] = vectors
+    return half - half.mT
+
+
+def cayley(q: Tensor) -> Tensor:
+    """``(I - Q) inv(I + Q)``: a rotation for each skew-symmetric ``Q``."""
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    return torch.linalg.solve(eye + q, eye - q, left=False)
+
+
+def cayley_series(q: Tensor, terms: int) -> Tensor:
+    """The series ``I + 2 Q + 2 Q^2 + ... + Q^m`` of ``(I + Q) inv(I - Q)``, cut off; it needs no inverse.
+
+    Args:
+        terms: HF's count, which from four on is one more than the highest power; three terms are the same as four.
+    """
+    total = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    if terms == 1:
+        return total.expand_as(q)
+    total = total + 2 * q
+    if terms == 2:
+        return total
+    power = q
+    for _ in range(2, max(terms - 1, 3)):
+        power = power @ q
+        total = total + 2 * power
+    return total + power @ q
+
+
+def nearest_divisor(width: int, asked: int, multiple: int = 1) -> int:
+    """The divisor of ``width`` that is a multiple of ``multiple`` and nearest to what was asked for; of two as near, the smaller.
+    0 where there is none."""
+    for distance in range(max(width, asked)):
+        for d in (asked - distance, asked + distance):
+            if multiple <= d <= width and d % multiple == 0 and width % d == 0:
+                return d
+    return 0
