@@ -99,6 +99,13 @@ def _kind(config: Any) -> Callable[[type[LowRank]], type[LowRank]] | None:
     return kinds.get(str(config.init_lora_weights).partition("_niter_")[0])
 
 
+def never_identity(config: Any) -> str:
+    """Why an adapter with this start is not the base; empty where it is."""
+    if config.init_lora_weights is False:
+        return "init_lora_weights=False starts from random factors, for tests"
+    return "LoftQ starts from the quantised weight, as near to the base as the rank allows" if _kind(config) is loftq else ""
+
+
 def initialized(method: Any) -> Method:
     """The method under the mathematics of its start."""
     kind = _kind(method)

@@ -70,13 +70,12 @@ class Loftq(LowRank):
 
         def names(self, site: Site) -> tuple[str, str]: ...
 
-    @property
-    def never_identity(self) -> str:
-        return "LoftQ starts from the quantised weight, as near to the base as the rank allows"
-
     def refuses(self, site: Site) -> str | None:
         if not site.store.dense:
             return "it is quantised already; start from init_lora_weights=True and call `replace_lora_weights_loftq`"
+        r = super().params(site)[self.names(site)[0]].shape(site)[-2]
+        if r >= min(site.shape[-2:]):
+            return f"factors of rank {r} hold all of its {' x '.join(map(str, site.shape[-2:]))} numbers, so nothing would be quantised"
         return super().refuses(site)
 
     def params(self, site: Site) -> dict[str, Param]:

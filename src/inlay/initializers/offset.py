@@ -61,7 +61,8 @@ class Offset(LowRank):
 
     def derive(self, p: Adapter) -> None:
         super().derive(p)
-        starts = p.shared if isinstance(p.shared, Starts) else Starts({p.path: p.site}, lambda _: self)
+        waiting = isinstance(p.shared, Starts) and p.path in p.shared
+        starts = p.shared if waiting else Starts({p.path: p.site}, lambda _: self)
         a, b = starts.take(p.path)
         p.lora_A_start.copy_(a)
         p.lora_B_start.copy_(b)
@@ -109,6 +110,9 @@ class Starts(nn.Module):
         self.methods = {path: m for path in sites if isinstance(m := method_of(path), Offset)}
         self.sites = {path: sites[path] for path in self.methods}
         self.found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __contains__(self, path: str) -> bool:
+        return path in self.sites or path in self.found
 
     def take(self, path: str) -> tuple[Tensor, Tensor]:
         """The start of one layer, which is forgotten here."""

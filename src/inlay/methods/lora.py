@@ -106,6 +106,10 @@ class LoraConfig(LowRank):
         "orthogonal": {"r": 4, "init_lora_weights": "orthogonal"},
         "dora": {"r": 4, "use_dora": True, "lora_alpha": 6},
         "dora-dropout": {"r": 4, "use_dora": True, "lora_dropout": 0.3},
+        "pissa": {"r": 4, "lora_alpha": 6, "init_lora_weights": "pissa"},
+        "pissa-dora": {"r": 4, "lora_alpha": 6, "init_lora_weights": "pissa", "use_dora": True},
+        "mica": {"r": 4, "init_lora_weights": "mica"},
+        "loftq": {"r": 2, "lora_alpha": 3, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
     }
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     ours: ClassVar[frozenset[str]] = frozenset({"overrides", "seed"})
@@ -146,6 +150,10 @@ class LoraConfig(LowRank):
         from .dora import Dora
 
         return self.become(Dora) if self.use_dora else self
+
+    @property
+    def never_identity(self) -> str:
+        return initializers.never_identity(self)
 
     def at(self, path: str) -> Method:
         return initializers.initialized(super().at(path))
