@@ -35,7 +35,8 @@ def linear_plus_kronecker(
     """``x W' + bias + scale * kept * drop(x) kron(w1, a b)'``.
 
     Args:
-        x: ``(*, in)``. w: ``(out, in)``. bias: ``(out,)`` or None. w1: ``(l, m)``. a: ``(k, r)``, or ``(k, q)`` where b is None. b: ``(r, q)``.
+        x: ``(*, in)``. w: ``(out, in)``. bias: ``(out,)`` or None.
+        w1, a, b: the factors; a is ``w2 (k, q)`` where b is None.
         kept: what each row of the update is multiplied with, ``(out,)``, or None.
         scale: the factor in front of the update.
         rate: share of ``x`` that the update leaves out, in [0, 1).

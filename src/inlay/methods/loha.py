@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from ..core.config import PeftType
-from ..core.method import LowRank, Method, Param, full, kaiming_uniform, normal, register, zeros
+from ..core.method import Init, LowRank, Method, Param, full, kaiming_uniform, normal, register, zeros
 from ..core.site import Site
 from ..kernels.hadamard import hadamard, khatri_rao, linear_plus_hadamard
 from .lycoris import Frame, Lycoris, as_matrix, core_uniform, tensor_of, tucker
@@ -48,22 +48,22 @@ class LoHaConfig(Lycoris, LowRank):
     }
 
     def params(self, site: Site) -> dict[str, Param]:
-        frame, r = Frame.of(site), self.r
+        frame, r, start = Frame.of(site), self.r, self._starts()
         with_core = self.decomposes(frame)
-        last = zeros if self.init_weights and not self.use_scalar else None
-        if self.init_weights == "lycoris":
-            starts = {"t": normal(0.1), "w1_a": normal(0.1), "w1_b": normal(), "w2_a": last or normal(0.1), "w2_b": normal()}
-        else:
-            starts = {"t": core_uniform, "w1_a": kaiming_uniform, "w1_b": kaiming_uniform, "w2_a": kaiming_uniform}
-            starts["w2_b"] = last or kaiming_uniform
         declared = {}
         for k in ("1", "2"):
-            a, b = starts[f"w{k}_a"], starts[f"w{k}_b"]
             if with_core:
-                declared[f"hada_t{k}"] = tensor_of(site, r, r, *frame.kernel, init=starts["t"], core=True)
-            declared[f"hada_w{k}_a"] = tensor_of(site, *((r, frame.rows) if with_core else (frame.rows, r)), init=a)
-            declared[f"hada_w{k}_b"] = tensor_of(site, r, frame.columns if with_core else frame.width, init=b)
+                declared[f"hada_t{k}"] = tensor_of(site, r, r, *frame.kernel, init=start["t"], core=True)
+            declared[f"hada_w{k}_a"] = tensor_of(site, *((r, frame.rows) if with_core else (frame.rows, r)), init=start[f"w{k}_a"])
+            declared[f"hada_w{k}_b"] = tensor_of(site, r, frame.columns if with_core else frame.width, init=start[f"w{k}_b"])
         return declared | self.scalar()
+
+    def _starts(self) -> dict[str, Init]:
+        identity = bool(self.init_weights) and not self.use_scalar
+        if self.init_weights == "lycoris":
+            return {"t": normal(0.1), "w1_a": normal(0.1), "w1_b": normal(), "w2_a": zeros if identity else normal(0.1), "w2_b": normal()}
+        last = zeros if identity else kaiming_uniform
+        return {"t": core_uniform, "w1_a": kaiming_uniform, "w1_b": kaiming_uniform, "w2_a": kaiming_uniform, "w2_b": last}
 
     def _first(self, p: Adapter, kept: Tensor | None = None) -> Tensor:
         """A1 with all that multiplies rows of the update."""

@@ -1,4 +1,4 @@
-"""What LoHa and LoKr have in common (Yeh et al. 2023, arXiv 2309.14859): their options, how they see a weight, their dropout."""
+"""What the methods of LyCORIS have in common (Yeh et al. 2023, arXiv 2309.14859): options, how they see a weight, dropout."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..core.config import nearest
-from ..core.method import Additive, Init, Param, ones, zeros
+from ..core.method import Additive, Init, LowRank, Param, full, ones, zeros
 from ..core.site import Site
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.inlaid import Adapter, Inner
 
 
 def _help(text: str) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def rank(name: str, value: Any) -> None:
 
 @dataclass
 class Lycoris(Additive):
-    """The options of LoHa and LoKr.
+    """The options of LoHa, LoKr and LoCon.
 
     Args:
         r: rank of the factors.
@@ -144,23 +144,44 @@ class Lycoris(Additive):
         """One factor of the update times the trained one."""
         return factor * getattr(p, f"{self.prefix}scalar") if self.use_scalar else factor
 
+    def droppable(self, p: Adapter) -> int:
+        """Over how many parts of the update `rank_dropout` decides: its rows."""
+        return Frame.of(p.site).rows
+
     def kept(self, p: Adapter) -> Tensor | None:
         """What each row of the update is multiplied with in this step of a training; None where all are kept as they are."""
         if not p.training or not (self.rank_dropout or self.module_dropout):
             return None
-        tensor = next(p.parameters())
-        rows = Frame.of(p.site).rows
-        kept = torch.ones(rows, device=tensor.device, dtype=tensor.dtype)
+        like, count = next(p.parameters()), self.droppable(p)
+        kept = torch.ones(count, device=like.device, dtype=like.dtype)
         if self.rank_dropout:
-            kept = (torch.rand(rows, device=tensor.device) >= self.rank_dropout).to(tensor.dtype)
+            kept = (torch.rand(count, device=like.device) >= self.rank_dropout).to(like.dtype)
             if self.rank_dropout_scale:
                 # No row at all is rare, and no reason to divide by zero.
-                kept = kept / kept.mean().clamp(min=1 / rows)
+                kept = kept / kept.mean().clamp(min=1 / count)
         if self.module_dropout:
-            kept = kept * (torch.rand((), device=tensor.device) >= self.module_dropout)
+            kept = kept * (torch.rand((), device=like.device) >= self.module_dropout)
         return kept
 
     def thinned(self, p: Adapter, change: Tensor) -> Tensor:
         kept, change = self.kept(p), super().thinned(p, change)
         return change if kept is None else change * kept.unsqueeze(-1)
 
+
+class Drawn(LowRank):
+    """A method of low rank that draws which ranks take part in a training step: it gives `drawn`."""
+
+    def drawn(self, p: Adapter) -> tuple[Tensor, Tensor] | None:
+        """`factors` as this step of a training has them; None where all ranks take part."""
+        raise NotImplementedError
+
+    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        drawn = self.drawn(p) if p.training else None
+        return self.with_factors(p, inner, x, *(drawn or self.factors(p)))
+
+    def thinned(self, p: Adapter, change: Tensor) -> Tensor:
+        drawn = self.drawn(p)
+        if drawn is not None:
+            a, b = map(full, drawn)
+            change = change + p.strength * (self.scaling * (b @ a) - self.delta(p))
+        return LowRank.thinned(self, p, change)
