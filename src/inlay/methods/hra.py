@@ -17,7 +17,7 @@ from ..core.config import PeftType
 from ..core.families import Rotation, in_full_precision
 from ..core.method import Method, Param, full, kaiming_uniform, register
 from ..core.site import Site
-from ..kernels.lowrank import linear_plus_low_rank
+from ..kernels.turned import linear_reflected
 
 if TYPE_CHECKING:
     from ..core.inlaid import Adapter, Inner
@@ -77,12 +77,10 @@ class HRAConfig(Rotation):
         return rows - (rows @ u) @ v.mT
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
-        if inner.dense is None or x.numel() < inner.dense[0].numel():
+        if inner.dense is None:
             return super().around(p, inner, x)
-        # W (I - U V') = W - (W U) V' is an update of low rank: no turned input to keep. W U is worth it where there are many rows.
-        w, bias = inner.dense
-        u, v = self._thin(p, inverse=False)
-        return linear_plus_low_rank(x, w, bias, v.mT, -(w @ u.to(w.dtype)).to(v.dtype), 1.0, 0.0)
+        # W (I - U V') on x is W on x (I - V U').
+        return linear_reflected(x, *inner.dense, *self._thin(p, inverse=False))
 
     def _thin(self, p: Adapter, inverse: bool) -> tuple[Tensor, Tensor]:
         """``U`` and ``V`` such that the product of the reflections (or its inverse) is ``I - U V'``."""

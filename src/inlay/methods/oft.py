@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..core.config import PeftType
-from ..core.families import Rotation, in_full_precision
+from ..core.families import Rotation, cayley, cayley_series, in_full_precision, nearest_divisor, skew
 from ..core.method import Method, Param, full, normal, register, zeros
 from ..core.site import Embedding, Site
+from ..kernels.turned import linear_turned
 
 if TYPE_CHECKING:
     from ..core.inlaid import Adapter, Inner
@@ -84,7 +85,7 @@ class OFTConfig(Rotation):
         """How many blocks, of which size."""
         width = site.size("out" if isinstance(site, Embedding) else "in")
         asked = self.r or self.oft_block_size
-        found = _nearest_divisor(width, asked)
+        found = nearest_divisor(width, asked)
         if found != asked:
             name = "r" if self.r else "oft_block_size"
             warnings.warn(f"{name}={asked} does not divide the width {width}; {name}={found} is used there.")
@@ -93,7 +94,7 @@ class OFTConfig(Rotation):
     def refuses(self, site: Site) -> str | None:
         width = site.size("out" if isinstance(site, Embedding) else "in")
         asked = self.r or self.oft_block_size
-        size = width // _nearest_divisor(width, asked) if self.r else _nearest_divisor(width, asked)
+        size = width // nearest_divisor(width, asked) if self.r else nearest_divisor(width, asked)
         return f"there is nothing to turn in blocks of one out of {width}" if size < 2 else None
 
     def params(self, site: Site) -> dict[str, Param]:
@@ -108,27 +109,13 @@ class OFTConfig(Rotation):
         vectors = p.oft_embedding_R if isinstance(p.site, Embedding) else p.oft_R
         with in_full_precision(p):
             vectors = self._within_ball(vectors, training) if self.coft else vectors
-            size = round((1 + (1 + 8 * vectors.shape[-1]) ** 0.5) / 2)
-            upper, lower = torch.triu_indices(size, size, 1, device=vectors.device)
-            half = vectors.new_zeros(*vectors.shape[:-1], size, size, dtype=full(vectors).dtype)
-            half[..., upper, lower] = full(vectors)
-            q = half - half.mT
-            eye = torch.eye(size, dtype=q.dtype, device=q.device)
-            blocks = self._series(q, eye) if self.use_cayley_neumann else torch.linalg.solve(eye + q, eye - q, left=False)
+            q = skew(full(vectors), round((1 + (1 + 8 * vectors.shape[-1]) ** 0.5) / 2))
+            blocks = cayley_series(q, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(q)
             if training and self.module_dropout:
+                eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
                 left_out = torch.rand(*blocks.shape[:-2], 1, 1, device=q.device) < self.module_dropout
                 blocks = torch.where(left_out, eye, blocks)
             return blocks
-
-    def _series(self, q: Tensor, eye: Tensor) -> Tensor:
-        total, power = eye + 2 * q, q
-        if self.num_cayley_neumann_terms == 2:
-            return total
-        # HF's count is one more than the highest power, and no less than three.
-        for _ in range(2, max(self.num_cayley_neumann_terms - 1, 3)):
-            power = power @ q
-            total = total + 2 * power
-        return total + power @ q
 
     def _within_ball(self, vectors: Tensor, training: bool) -> Tensor:
         with torch.no_grad():
@@ -150,13 +137,13 @@ class OFTConfig(Rotation):
         return (self.turn(p, w.mT, inverse=True).mT if isinstance(p.site, Embedding) else self.turn(p, w)), b
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        if inner.dense is not None:
+            blocks = self.rotations(p, p.training)
+            blocks = blocks.expand(x.shape[-1] // blocks.shape[-1], -1, -1)
+            return linear_turned(x, *inner.dense, blocks.unsqueeze(0), (None,))
         if not isinstance(inner.site, Embedding):
             return super().around(p, inner, x)
         y = inner(x)
         rows = y.reshape(-1, y.shape[-1]).to(full(y).dtype)
         return self.turn(p, rows, inverse=True, training=p.training).reshape(y.shape).to(y.dtype)
 
-
-def _nearest_divisor(width: int, asked: int) -> int:
-    """The divisor of ``width`` nearest to what was asked for; of two as near, the smaller."""
-    return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - asked), d))

@@ -1,0 +1,157 @@
+"""A linear layer whose input is turned: ``(x M) W'``, as one autograd function for each of two ways to have ``M``.
+
+``M`` is a chain of block-diagonal matrices between permutations, or ``I - V U'`` with thin ``U`` and ``V``. Where there are more
+rows than outputs, the forward pass multiplies with a passing copy ``M W'`` of the weight. The backward pass needs ``d = g W``, as
+the frozen layer does, and everything else follows from ``d`` and ``x`` by cheap products: ``dx = d M'``, ``dM = x' d`` on the
+blocks. Saved are ``x`` as it came and what ``M`` is made of; no turned copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .lowrank import linear, rows_of, takes_the_formula
+
+# Blocks below this size are too small for a matrix product of their own and are put together.
+WIDE = 32
+
+Order = tuple[Tensor, Tensor] | None
+
+
+# ---- chains of block-diagonal matrices ---------------------------------------------------------------------------------------
+def linear_turned(x: Tensor, w: Tensor, bias: Tensor | None, blocks: Tensor, orders: Sequence[Order]) -> Tensor:
+    """``x M W' + bias`` with the chain ``M = M_1 M_2 ...``.
+
+    Args:
+        x: ``(*, in)``. w: ``(out, in)``. bias: ``(out,)`` or None. blocks: ``(factors, blocks, size, size)``.
+        orders: for each factor where its permutation takes each column from and brings it to, or None.
+    """
+    dtype = x.dtype
+    if takes_the_formula(x, w, bias) or torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            turned = turn(x.to(blocks.dtype), blocks, orders).to(dtype)
+        return F.linear(turned, w, bias)
+    blocks = widened(blocks)
+    if torch.is_grad_enabled():
+        return _LinearTurned.apply(x, w, bias, blocks, orders)
+    return _forward_turned(x, w, bias, blocks, orders)
+
+
+def turn(x: Tensor, blocks: Tensor, orders: Sequence[Order]) -> Tensor:
+    """``x M`` for ``x (*batch, *, in)`` and ``blocks (*batch, factors, blocks, size, size)``."""
+    for factor, order in zip(blocks.unbind(-4), orders, strict=True):
+        x = _times(x, factor, order)
+    return x
+
+
+def _times(x: Tensor, factor: Tensor, order: Order) -> Tensor:
+    """``x M_i`` for one factor ``(*batch, blocks, size, size)``."""
+    if order is not None:
+        x = x[..., order[0]]
+    x = (x.unflatten(-1, factor.shape[-3:-1]).transpose(-3, -2) @ factor).transpose(-3, -2).flatten(-2)
+    return x if order is None else x[..., order[1]]
+
+
+def widened(blocks: Tensor) -> Tensor:
+    """Small blocks put together into larger block-diagonal ones."""
+    *ahead, number, size, _ = blocks.shape
+    count = max(c for c in range(1, max(WIDE // size, 1) + 1) if number % c == 0)
+    if count == 1:
+        return blocks
+    wide = blocks.new_zeros(*ahead, number // count, count, size, count, size)
+    # The diagonal comes last: (*, wide, size, size, count).
+    wide.diagonal(dim1=-4, dim2=-2).copy_(blocks.unflatten(-3, (-1, count)).movedim(-3, -1))
+    return wide.flatten(-4, -3).flatten(-2)
+
+
+def _forward_turned(x: Tensor, w: Tensor, bias: Tensor | None, blocks: Tensor, orders: Sequence[Order]) -> Tensor:
+    rows = rows_of(x, blocks.dtype)
+    if len(rows) <= len(w) or w.dtype != blocks.dtype:
+        return linear(turn(rows, blocks, orders).to(x.dtype).view(x.shape), w, bias)
+    # M W' from the right end of the chain.
+    passing = w.t()
+    for factor, order in zip(reversed(blocks.unbind(0)), reversed(orders), strict=True):
+        if order is not None:
+            passing = passing[order[0]]
+        passing = (factor @ passing.unflatten(0, factor.shape[:2])).flatten(0, 1)
+        if order is not None:
+            passing = passing[order[1]]
+    return linear(x, passing.t(), bias)
+
+
+class _LinearTurned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, blocks: Tensor, orders: Sequence[Order]) -> Tensor:
+        ctx.save_for_backward(x, w, blocks)
+        ctx.orders = orders
+        return _forward_turned(x, w, bias, blocks, orders)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, blocks = ctx.saved_tensors
+        orders, factors = ctx.orders, blocks.unbind(0)
+        inputs, found = [rows_of(x, blocks.dtype)], []
+        for factor, order in zip(factors[:-1], orders[:-1], strict=True):
+            inputs.append(_times(inputs[-1], factor, order))
+        d = (rows_of(g, w.dtype) @ w).to(blocks.dtype)
+        for factor, order, rows in zip(reversed(factors), reversed(orders), reversed(inputs), strict=True):
+            if order is not None:
+                # The inverse of bringing columns to `order[1]` is to take them from `order[0]`.
+                d, rows = d[:, order[0]], rows[:, order[0]]
+            d = d.unflatten(-1, factor.shape[:2])
+            found.append(rows.unflatten(-1, factor.shape[:2]).permute(1, 2, 0) @ d.transpose(0, 1))
+            d = (d.transpose(0, 1) @ factor.mT).transpose(0, 1).flatten(-2)
+            if order is not None:
+                d = d[:, order[1]]
+        return d.view(x.shape).to(x.dtype), None, None, torch.stack(found[::-1]), None
+
+
+# ---- all but a few directions kept -------------------------------------------------------------------------------------------
+def linear_reflected(x: Tensor, w: Tensor, bias: Tensor | None, u: Tensor, v: Tensor) -> Tensor:
+    """``x (I - V U') W' + bias``.
+
+    Args:
+        x: ``(*, in)``. w: ``(out, in)``. bias: ``(out,)`` or None. u, v: ``(in, r)``.
+    """
+    if takes_the_formula(x, w, bias) or torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.to(u.dtype)
+            turned = (rows - (rows @ v) @ u.mT).to(x.dtype)
+        return F.linear(turned, w, bias)
+    if torch.is_grad_enabled():
+        return _LinearReflected.apply(x, w, bias, u, v)
+    return _forward_reflected(x, w, bias, u, v)
+
+
+def _forward_reflected(x: Tensor, w: Tensor, bias: Tensor | None, u: Tensor, v: Tensor) -> Tensor:
+    rows = rows_of(x, u.dtype)
+    if len(rows) <= len(w) or w.dtype != u.dtype:
+        turned = torch.addmm(rows, (v.t() @ rows.t()).t(), u.t(), alpha=-1)
+        return linear(turned.to(x.dtype).view(x.shape), w, bias)
+    return linear(x, torch.addmm(w, (u.t() @ w.t()).t(), v.t(), alpha=-1), bias)
+
+
+class _LinearReflected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, u: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w, u, v)
+        return _forward_reflected(x, w, bias, u, v)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, u, v = ctx.saved_tensors
+        rows, d = rows_of(x, u.dtype), (rows_of(g, w.dtype) @ w).to(u.dtype)
+        du = dv = None
+        # What has r rows is kept as such: see `kernels.lowrank`.
+        away = u.t() @ d.t()
+        if ctx.needs_input_grad[3]:
+            du = -(v.t() @ rows.t() @ d).t()
+        if ctx.needs_input_grad[4]:
+            dv = -(away @ rows).t()
+        dx = torch.addmm(d, away.t(), v.t(), alpha=-1) if torch.is_grad_enabled() else d.addmm_(away.t(), v.t(), alpha=-1)
+        return dx.view(x.shape).to(x.dtype), None, None, du, dv
