@@ -1,0 +1,146 @@
+"""WaveFT: ``W + s idwt(S)`` with wavelet coefficients S of which few at random places are trained (Bilican et al. 2025,
+arXiv 2505.12532)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.config import PeftType, nearest
+from ..core.method import Method, Param, full, normal, register, zeros
+from ..core.site import Site
+from ..kernels.spread import remembered, sampled, scattered
+from ..kernels.wavelets import LOW_PASS, analysis, padding, synthesis
+from .fourierft import check_places, places_param, random_places, too_many
+from .spread import Spread
+
+if TYPE_CHECKING:
+    from ..core.inlaid import Adapter
+
+
+@register
+@dataclass
+class WaveFTConfig(Spread):
+    """Few wavelet coefficients of the update.
+
+    Args:
+        n_frequency: how many coefficients are trained at each weight.
+        scaling: the factor in front of the update.
+        wavelet_family: ``db1`` (Haar) to ``db10``, ``sym2`` to ``sym10`` or ``coif1`` to ``coif5``.
+        use_idwt: the update is made of wavelets; False makes it of single entries.
+        random_loc_seed: seed of the places of the coefficients, which are in no file.
+        fan_in_fan_out: for HF's signature; the layout of a layer is known from its type.
+        n_frequency_pattern: other numbers of coefficients by pattern of module names.
+        proportional_parameters: share out the coefficients by the sizes of the weights, with ``n_frequency`` on average.
+        init_weights: start from the base; False starts from small random numbers, for tests.
+
+    Raises:
+        ValueError: the number of coefficients or the seed is no fit integer, or the family is unknown.
+    """
+
+    peft_type: str | None = PeftType.WAVEFT
+    n_frequency: int = field(default=2592, metadata={"help": "Number of coefficients."})
+    scaling: float = field(default=25.0, metadata={"help": "The factor in front of the update."})
+    wavelet_family: str = field(default="db1", metadata={"help": "The family of wavelets."})
+    use_idwt: bool = field(default=True, metadata={"help": "Wavelets, or single entries."})
+    random_loc_seed: int = field(default=777, metadata={"help": "Seed of the coefficients' places."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
+    n_frequency_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "Other numbers by module pattern."})
+    proportional_parameters: bool = field(default=False, metadata={"help": "More coefficients for larger weights."})
+    init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
+
+    prefix: ClassVar[str] = "waveft_"
+    paper: ClassVar[str] = "2505.12532"
+    equation: ClassVar[str] = "W + s idwt(S)"
+    patterns: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}
+    ours: ClassVar[frozenset[str]] = Method.ours - {"bias"}
+    examples: ClassVar[dict[str, dict[str, Any]]] = {
+        "": {"n_frequency": 7, "scaling": 3.0},
+        "longer": {"n_frequency": 6, "scaling": 3.0, "wavelet_family": "sym3"},
+        "entries": {"n_frequency": 7, "scaling": 3.0, "use_idwt": False},
+        "proportional": {"n_frequency": 5, "scaling": 3.0, "proportional_parameters": True},
+        "dropout": {"n_frequency": 6, "scaling": 3.0, "input_dropout": 0.3},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_places(self.n_frequency, self.random_loc_seed)
+        if self.wavelet_family not in LOW_PASS:
+            known = f"{nearest(self.wavelet_family, LOW_PASS)} Known: {', '.join(LOW_PASS)}."
+            raise ValueError(f"Unknown wavelet_family={self.wavelet_family!r}.{known}")
+
+    def default_targets(self) -> dict[str, list[str] | str]:
+        return super().default_targets() | {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
+
+    def prepare(self, base: nn.Module) -> None:
+        if not self.proportional_parameters:
+            return
+        from ..core.targets import explain_targets
+
+        whole = replace(self, proportional_parameters=False, n_frequency=1, n_frequency_pattern={})
+        sizes = {t.name: t.site.size("out") * t.site.size("in") for t in explain_targets(base, whole).targets}
+        of_one = self.n_frequency * len(sizes) / max(sum(sizes.values()), 1)
+        # No field: it follows from the base, and files have the options that it came from.
+        self._shares = {name: max(1, round(size * of_one)) for name, size in sizes.items()}
+
+    def at(self, path: str) -> Method:
+        found = super().at(path)
+        share = getattr(self, "_shares", {}).get(path)
+        return found if share is None else replace(found, n_frequency=share).variant()
+
+    def refuses(self, site: Site) -> str | None:
+        return None if self.proportional_parameters else too_many(self.n_frequency, site)
+
+    def params(self, site: Site) -> dict[str, Param]:
+        return {
+            "waveft_spectrum": Param((self.n_frequency,), zeros if self.init_weights else normal(0.01)),
+            "waveft_places": places_param(self.n_frequency),
+        }
+
+    def derive(self, p: Adapter) -> None:
+        p.waveft_places.copy_(random_places(self.random_loc_seed, p.site.size("out") * p.site.size("in"), self.n_frequency))
+
+    def values(self, p: Adapter) -> tuple[Tensor]:
+        return (p.waveft_spectrum,)
+
+    def spread(self, p: Adapter, *values: Tensor) -> Tensor:
+        out, inp = p.site.size("out"), p.site.size("in")
+        (spectrum,) = values
+        spectrum = self.scaling * full(spectrum)
+        if not self.use_idwt:
+            return scattered(spectrum, p.waveft_places, (out, inp))
+        coefficients = scattered(spectrum, _in_bands(p.waveft_places, out, inp, self.wavelet_family), self._padded(out, inp))
+        columns = synthesis(coefficients, self.wavelet_family)[..., :out, :].mT
+        return synthesis(columns, self.wavelet_family)[..., :inp, :].mT
+
+    def _padded(self, out: int, inp: int) -> tuple[int, int]:
+        return _even(out + padding(self.wavelet_family)), _even(inp + padding(self.wavelet_family))
+
+    def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
+        """The coefficients of ``g' x`` are products of those of g and x."""
+        g, x, places = g.t(), x.t(), p.waveft_places
+        if self.use_idwt:
+            places = remembered(places, _in_bands, len(g), len(x), self.wavelet_family)
+            g, x = (analysis(F.pad(t, (0, 0, 0, len(t) % 2)), self.wavelet_family) for t in (g, x))
+        return (sampled(g, x, places).mul_(self.scaling),)
+
+
+def _even(size: int) -> int:
+    return size + size % 2
+
+
+def _in_bands(places: Tensor, out: int, inp: int, family: str) -> Tensor:
+    """Flat places in ``(out, inp)`` as flat places among the padded coefficients, low pass first on both axes.
+
+    HF peft takes the upper right quarter for what is high-pass down the columns and low-pass along the rows, and the lower left
+    one the other way round.
+    """
+    high, wide = _even(out + padding(family)), _even(inp + padding(family))
+    row, column = places // inp + (high - out) // 2, places % inp + (wide - inp) // 2
+    lower, right = row >= high // 2, column >= wide // 2
+    turn = torch.where(lower, 1, -1) * (lower != right)
+    return (row - turn * (high // 2)) * wide + column + turn * (wide // 2)
