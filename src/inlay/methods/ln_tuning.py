@@ -1,0 +1,81 @@
+"""LayerNorm tuning: scale and shift of the norms are trained as they are, and nothing else (Zhao et al. 2023, arXiv 2312.11420)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from ..core.config import PeftType
+from ..core.method import Method, Param, register
+from ..core.site import Site
+
+if TYPE_CHECKING:
+    from ..core.inlaid import Adapter
+
+_BLOCK = "input_layernorm post_attention_layernorm"
+_GEMMA = f"{_BLOCK} pre_feedforward_layernorm post_feedforward_layernorm norm"
+_DEFAULTS = {
+    "llama": f"{_BLOCK} norm", "bloom": f"{_BLOCK} ln_f", "t5": "layer_norm final_layer_norm", "mt5": "layer_norm final_layer_norm",
+    "bart": "self_attn_layer_norm encoder_attn_layer_norm final_layer_norm", "gpt2": "ln_1 ln_2 ln_f", "gptj": "ln_1 ln_f",
+    "blip-2": "layernorm LayerNorm final_layer_norm self_attn_layer_norm", "falcon": f"{_BLOCK} ln_f", "mistral": f"{_BLOCK} norm",
+    "phi": "input_layernorm final_layernorm", "gemma": f"{_BLOCK} norm", "gemma2": _GEMMA, "gemma3_text": _GEMMA,
+    "qwen2": "post_attention_layernorm", "qwen3": "post_attention_layernorm", "bert": "LayerNorm", "roberta": "LayerNorm",
+    "distilbert": "sa_layer_norm output_layer_norm LayerNorm", "gpt_neox": f"{_BLOCK} final_layer_norm",
+    "opt": "self_attn_layer_norm final_layer_norm",
+}  # fmt: skip
+
+
+class Whole(Param):
+    """A tensor that a file has in the shape in which the host keeps its own."""
+
+    def to_file(self, site: Site, tensor: Tensor) -> Tensor:
+        return site.raw(tensor)
+
+    def from_file(self, site: Site, tensor: Tensor) -> Tensor:
+        return site.matrix(tensor)
+
+
+@register
+@dataclass
+class LNTuningConfig(Method):
+    """Retrained norms. Any other layer that is named is retrained as it is, likewise.
+
+    Of several adapters on one norm, the last one decides.
+
+    Raises:
+        ValueError: ``bias`` is set; the biases of the adapted layers are retrained anyway.
+    """
+
+    peft_type: str | None = PeftType.LN_TUNING
+
+    prefix: ClassVar[str] = "ln_tuning_"
+    paper: ClassVar[str] = "2312.11420"
+    equation: ClassVar[str] = "W', b' in place of W, b"
+    ours: ClassVar[frozenset[str]] = Method.ours | {"layers_to_transform", "layers_pattern"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bias != "none":
+            raise ValueError(f"bias={self.bias!r}: LN tuning retrains the biases of its layers anyway; leave `bias` at 'none'.")
+
+    def default_targets(self) -> dict[str, list[str] | str]:
+        return {base: names.split() for base, names in _DEFAULTS.items()}
+
+    def params(self, site: Site) -> dict[str, Param]:
+        declared = {"ln_tuning_weight": Whole(("out", "in"), key="ln_tuning_layers.weight")}
+        bias = site.bias()
+        if bias is not None:
+            declared["ln_tuning_bias"] = Param(tuple(bias.shape), key="ln_tuning_layers.bias", batched=False)
+        return declared
+
+    def start(self, p: Adapter) -> None:
+        w, b = p.site.read()
+        p.ln_tuning_weight.data.copy_(w)
+        if b is not None:
+            p.ln_tuning_bias.data.copy_(b)
+
+    def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        own: Any = p._parameters
+        return own["ln_tuning_weight"].to(w.dtype), own["ln_tuning_bias"].to(w.dtype) if "ln_tuning_bias" in own else b
