@@ -19,7 +19,7 @@ from .eva import EvaConfig
 from .loftq import LoftQConfig, loftq
 from .loraga import LoraGAConfig, loraga_start
 from .mica import mica
-from .offset import Offset, Start, Starts, offset, weights
+from .offset import Offset, Starter, Starts, offset, weights
 from .olora import olora
 from .pissa import pissa
 
@@ -41,12 +41,12 @@ def _rank(method: Offset, site: Site) -> int:
     return method.params(site)[method.names(site)[0]].shape(site)[-2]
 
 
-# Starts whose product is not zero, and whether they are from data, which no file of the base can tell again.
-STARTS: dict[str, tuple[Start, bool]] = {
-    "pissa": (_pissa, False),
-    "olora": (_olora, False),
-    "corda": (corda_start, True),
-    "lora_ga": (loraga_start, True),
+# Starts whose product is not zero.
+STARTS: dict[str, Starter] = {
+    "pissa": Starter(_pissa),
+    "olora": Starter(_olora),
+    "corda": Starter(corda_start, from_data=True),
+    "lora_ga": Starter(loraga_start, from_data=True, again=False),
 }
 NAMES = ("pissa_niter_[n]", "gaussian", "orthogonal", "eva", "loftq", "mica", *STARTS)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..core.families import acts_on_last_axis
 from .calibration import Progress, SameInput, store, stored, targets, watching
+from .offset import unknown_start
 from .svd import precise, singular_vectors
 
 if TYPE_CHECKING:
@@ -165,12 +166,7 @@ def corda_start(sites: Sequence[Site], method: Offset, paths: Sequence[str]) -> 
     """
     for site, path in zip(sites, paths, strict=True):
         if not hasattr(site.module, "eigens"):
-            raise ValueError(
-                f"The CorDA start of {path!r} is not known. For a new adapter, run `preprocess_corda(model, config, run_model)` first. A "
-                "file of HF peft does not hold it: run `preprocess_corda` with the same data before loading, or have HF peft convert it "
-                "(`save_pretrained(..., path_initial_model_for_weight_conversion=...)`). If the base is the residual already, set "
-                "`init_lora_weights` to true in the file's adapter_config.json."
-            )
+            raise ValueError(unknown_start("corda", path))
     found = [vars(site.module).pop("eigens") for site in sites]
     s, u, v = (torch.stack([getattr(e, leaf) for e in found]) for leaf in ("S_WC", "U_WC", "V_WC"))
     root = (s / method.scaling).sqrt()

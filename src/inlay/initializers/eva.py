@@ -67,7 +67,8 @@ class StreamedDirections:
     Attributes:
         directions: ``(k, n)``, by falling variance; their largest entries are positive.
         values: ``(k,)``, singular values of all rows so far about their mean.
-        cosines: ``(k,)``, of each direction with its predecessor.
+        cosines: ``(k,)``, of each direction with its predecessor. As in HF peft, one whose largest entry moved to a place of the
+            other sign counts as turned round, and takes some steps more to be found.
     """
 
     ITERATIONS: ClassVar[int] = 3
@@ -104,7 +105,7 @@ class StreamedDirections:
         self.mean, self.count = mean, self.count + n
         self.values, directions = self._decompose(x, before)
         self.directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
-        self.cosines = None if before is None else (self.directions * before).sum(1).abs()
+        self.cosines = None if before is None else (self.directions * before).sum(1)
         return True
 
     def _decompose(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """LoRA-GA: start where the first step of full fine-tuning goes (Wang et al. 2024, arXiv 2407.05000).
 
-The factors are singular vectors of the weight's gradient, other ones in A than in B.
+The factors are singular vectors of the weight's gradient, other ones in A than in B. So the signs of the vectors, which are
+anyone's choice, change the product, and the start has to be kept: it could not be found again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.method import generator_for
 from .calibration import store, stored, targets
+from .offset import unknown_start
 from .svd import singular_vectors
 
 if TYPE_CHECKING:
@@ -124,12 +126,7 @@ def loraga_start(sites: Sequence[Site], method: Offset, paths: Sequence[str]) ->
     name = attribute(site.name)
     for one, path in zip(sites, paths, strict=True):
         if not hasattr(one.module, name):
-            raise ValueError(
-                f"The LoRA-GA start of {path!r} is not known. For a new adapter, run `preprocess_loraga(model, config, train_step)` first. "
-                "A file of HF peft does not hold it: have HF peft convert the adapter "
-                "(`save_pretrained(..., path_initial_model_for_weight_conversion=...)`). If the base is the residual already, set "
-                "`init_lora_weights` to true in the file's adapter_config.json."
-            )
+            raise ValueError(unknown_start("lora_ga", path))
     options: LoraGAConfig = method.lora_ga_config or LoraGAConfig()  # type: ignore[attr-defined]
     gradients = torch.stack([one.matrix(vars(one.module).pop(name)) for one in sites])
     r = method.params(site)[method.names(site)[0]].shape(site)[-2]

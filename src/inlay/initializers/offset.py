@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,19 @@ if TYPE_CHECKING:
 # How many numbers of weights are decomposed at once.
 AT_ONCE = 2**23
 
-Start = Callable[[Sequence[Site], "Offset", Sequence[str]], tuple[Tensor, Tensor]]
+
+class Starter(NamedTuple):
+    """How a start is found.
+
+    Attributes:
+        find: A and B for layers of one shape, one behind another: given the sites, the method and the names.
+        from_data: the base alone does not tell it.
+        again: the same data, or base, give the same product again.
+    """
+
+    find: Callable[[Sequence[Site], Offset, Sequence[str]], tuple[Tensor, Tensor]]
+    from_data: bool = False
+    again: bool = True
 
 
 class Offset(LowRank):
@@ -41,26 +53,24 @@ class Offset(LowRank):
         def names(self, site: Site) -> tuple[str, str]: ...
 
     @property
-    def _starter(self) -> tuple[Start, bool]:
+    def starter(self) -> Starter:
         from . import STARTS
 
         return STARTS[str(self.init_lora_weights).partition("_niter_")[0]]  # type: ignore[attr-defined]
-
-    @property
-    def from_data(self) -> bool:
-        return self._starter[1]
 
     def params(self, site: Site) -> dict[str, Param]:
         declared = super().params(site)
         a, b = self.names(site)
         for name, of in (("lora_A_start", a), ("lora_B_start", b)):
             declared[of] = replace(declared[of], init=zeros)
-            kept = {"trainable": False, "persistent": self.from_data, "optional": self.from_data}
-            declared[name] = replace(declared[of], key=f"{name}.weight", **kept)
+            data = self.starter.from_data
+            declared[name] = replace(declared[of], key=f"{name}.weight", trainable=False, persistent=data, optional=data)
         return declared
 
     def derive(self, p: Adapter) -> None:
         super().derive(p)
+        if not self.starter.again and any(getattr(p, name).any() for name in self.names(p.site)):
+            raise ValueError(unknown_start(str(self.init_lora_weights), p.path))  # type: ignore[attr-defined]
         waiting = isinstance(p.shared, Starts) and p.path in p.shared
         starts = p.shared if waiting else Starts({p.path: p.site}, lambda _: self)
         a, b = starts.take(p.path)
@@ -91,6 +101,17 @@ def _revive(method: type[LowRank], state: dict[str, Any]) -> Method:
     made = object.__new__(offset(method))
     made.__dict__.update(state)
     return made
+
+
+def unknown_start(init: str, path: str) -> str:
+    """What to do about a start that neither the file nor the layer tells."""
+    prepare = {"corda": "preprocess_corda(model, config, run_model)", "lora_ga": "preprocess_loraga(model, config, train_step)"}[init]
+    return (
+        f"The {init!r} start of {path!r} is not known. For a new adapter, run `{prepare}` first. A file of HF peft does not hold it: "
+        "have HF peft convert the adapter (`save_pretrained(..., path_initial_model_for_weight_conversion=...)`)"
+        + (", or run that function with the same data before loading. " if init == "corda" else ". ")
+        + "If the base is the residual already, set `init_lora_weights` to true in the file's adapter_config.json."
+    )
 
 
 class Starts(nn.Module):
@@ -140,8 +161,7 @@ class Starts(nn.Module):
         site = sites[0]
         a_name, _ = method.names(site)
         r = method.params(site)[a_name].shape(site)[-2]
-        start, _ = method._starter
-        factors = start(sites, method, paths)
+        factors = method.starter.find(sites, method, paths)
         a, b = alive(*factors, r, method.scaling)
         self.found |= {path: (a[i], b[i]) for i, path in enumerate(paths)}
         for path in paths:
