@@ -15,6 +15,7 @@ from .core.attach import attach, check_name
 from .core.calls import calling, penalised
 from .core.config import PeftConfig
 from .core.inlaid import Retrained, places, session_of
+from .core.rows import Order
 from .core.session import Session, carry_choices
 from .formats.card import write_card
 from .formats.folder import hub_options, write_adapter
@@ -137,16 +138,21 @@ class PeftModel(nn.Module):
             return getattr(self.base_model, name)
 
     # ---- running ------------------------------------------------------------------------------------------------------
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: Sequence[str | Sequence[str]] | None = None, **kwargs: Any) -> Any:
         """The adapted model's forward.
 
         Args:
-            adapter_names: for each row of the batch the adapter that acts on it; ``"__base__"`` for none.
+            adapter_names: for each row of the batch the adapter that acts on it, or several in their order; ``"__base__"`` for
+                none.
         """
         if len(args) > 1:
             kwargs |= dict(zip(self.positional, args, strict=False))
             args = args[len(self.positional) :]
-        base = self.get_base_model()
+        base, order = self.get_base_model(), None
+        if adapter_names is not None and not self._is_prompt_learning:
+            order = Order.of(adapter_names, args, kwargs)
+        if order is not None:
+            adapter_names, (args, kwargs) = order.rows, order.into(args, kwargs)
         with self._rows(adapter_names), calling(base, args, kwargs):
             self._carry_choice()
             if self._prompted():
@@ -154,16 +160,23 @@ class PeftModel(nn.Module):
 
                 return forward_with_prompt(self, *args, **kwargs)
             output = base(*args, **kwargs)
+            output = output if order is None else order.out_of(output)
             return penalised(base, output) if self.training else output
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, adapter_names: Sequence[str | Sequence[str]] | None = None, **kwargs: Any) -> Any:
         """The base's ``generate`` with the adapters; arguments as for `forward` and for the base."""
+        order = None
+        if adapter_names is not None and not self._is_prompt_learning:
+            order = Order.of(adapter_names, args, kwargs)
+        if order is not None:
+            adapter_names, (args, kwargs) = order.rows, order.into(args, kwargs)
         with self._rows(adapter_names), calling(self.get_base_model(), args, kwargs):
             if self._prompted():
                 from .prompts import generate_with_prompt
 
                 return generate_with_prompt(self, *args, **kwargs)
-            return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+            output = self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+            return output if order is None else order.out_of(output)
 
     def _carry_choice(self) -> None:
         base = self.get_base_model()
@@ -175,7 +188,7 @@ class PeftModel(nn.Module):
         if not self._is_prompt_learning or not len(self.prompt_encoder):
             return False
         choice = self.session.choice()
-        return any(n in self.prompt_encoder for n in choice.rows or choice.names)
+        return any(n in self.prompt_encoder for n in choice.all)
 
     def _show_prompts(self) -> None:
         if self._is_prompt_learning and len(self.prompt_encoder):
@@ -183,7 +196,7 @@ class PeftModel(nn.Module):
 
             show_trainable(self)
 
-    def _rows(self, names: Sequence[str] | None) -> Any:
+    def _rows(self, names: Sequence[str | Sequence[str]] | None) -> Any:
         return nullcontext() if names is None else self.session.local(self.session.active, rows=names)
 
     @contextmanager

@@ -10,7 +10,6 @@ from torch import nn
 
 from .inlaid import adapters_of, session_of
 from .method import Method
-from .session import BASE
 
 
 @contextmanager
@@ -27,7 +26,7 @@ def calling(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         yield
         return
     choice = session.choice()
-    acting = [n for n in dict.fromkeys(choice.rows or choice.names) if n != BASE and n in listening]
+    acting = [n for n in choice.all if n in listening]
     call = {name: listening[name].given(model, args, kwargs) for name in acting}
     for key in {key for method in listening.values() for key in method.takes}:
         kwargs.pop(key, None)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from .method import Additive, Method, Param, biased, folded, full, generator_for
-from .session import BASE, Session
+from .rows import by_rows, grouped
+from .session import Session
 from .site import Linear, Site
 
 
@@ -203,6 +203,8 @@ class Place:
         self.merged: tuple[str, ...] = ()
         # What a file calls the host.
         self.in_file = path
+        # The factors that the last choice of rows used, side by side.
+        self.side: tuple[Any, ...] | None = None
         host = type(site.module)
         # The fused kernels stand for nn.Linear's own forward and for nothing that overrides it.
         self.plain = type(site) is Linear and host.forward is nn.Linear.forward and site.store.dense
@@ -238,14 +240,21 @@ class Place:
 
     def forward(self, call: Callable[..., Tensor], bare: bool, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The adapted layer on ``x``, for whoever is active here and now."""
-        names, rows = self.session.choice()
+        choice = self.session.choice()
+        names, rows = choice
         if rows is None:
-            return self._stacked(call, bare, names, x, args, kwargs)
-        return by_rows(self.session, rows, lambda row, x, *a, **k: self._stacked(call, bare, (row,), x, a, k), (x, *args), kwargs)
+            return self.stacked(call, bare, names, x, args, kwargs)
+        from .mixed import mixed
 
-    def _stacked(
+        groups = grouped(rows, frozenset(self.adapters))
+        if len(groups) == 1 or self.merged:
+            return by_rows(self.session, rows, lambda names, x, *a, **k: self.stacked(call, bare, names, x, a, k), (x, *args), kwargs)
+        return mixed(self, call, choice, groups, x, args, kwargs)
+
+    def stacked(
         self, call: Callable[..., Tensor], bare: bool, names: Sequence[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
+        """The layer under these adapters, one after another."""
         names = self.here(names)
         if names == self.merged:
             return call(x, *args, **kwargs)
@@ -337,7 +346,7 @@ class Retrained:
     def forward(self, call: Callable[..., Any], _: bool, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         choice = self.session.choice()
         if choice.rows is not None:
-            return by_rows(self.session, choice.rows, lambda name, *a, **k: self._chosen(call, (name,), a, k), (x, *args), kwargs)
+            return by_rows(self.session, choice.rows, lambda names, *a, **k: self._chosen(call, names, a, k), (x, *args), kwargs)
         return self._chosen(call, choice.names, (x, *args), kwargs)
 
     def _chosen(self, call: Callable[..., Any], names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -392,34 +401,6 @@ class Retrained:
 AnyPlace = Place | Retrained
 
 
-def by_rows(session: Session, rows: Sequence[str], run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run each adapter on its rows of every argument that has the batch in front, and put the rows back in order.
-
-    Raises:
-        ValueError: the batch is no multiple of the rows that were named.
-    """
-    if len(set(rows)) == 1:
-        return run(rows[0], *args, **kwargs)
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.ndim]
-    size = tensors[0].shape[0]
-    if size % len(rows):
-        raise ValueError(f"{len(rows)} adapter names were given for a batch of {size}; give one for each row.")
-    owner = torch.arange(len(rows), device=tensors[0].device).repeat_interleave(size // len(rows))
-    parts, order = [], []
-    for name in dict.fromkeys(rows):
-        of_name = torch.tensor([r == name for r in rows], device=owner.device)
-        index = of_name[owner].nonzero().squeeze(1)
-
-        def pick(a: Any, index: Tensor = index) -> Any:
-            return a[index] if isinstance(a, Tensor) and a.ndim and a.shape[0] == size else a
-
-        with session.narrowed(of_name.nonzero().squeeze(1)):
-            parts.append(run(name, *map(pick, args), **{k: pick(v) for k, v in kwargs.items()}))
-        order.append(index)
-    back = torch.cat(order).argsort()
-    return tree_map(lambda *found: torch.cat(found)[back] if isinstance(found[0], Tensor) else found[0], *parts)
-
-
 # ---- the class that a host gets ------------------------------------------------------------------------------------------
 class Inlaid:
     """Mixed into the class of an adapted layer, in front of it."""
@@ -443,8 +424,8 @@ class Inlaid:
         session = next(iter(self._inlay.values())).session
         rows = session.choice().rows
 
-        def run(row: str, *a: Any, **k: Any) -> Any:
-            with session.local(() if row == BASE else (row,)):
+        def run(names: tuple[str, ...], *a: Any, **k: Any) -> Any:
+            with session.local(names):
                 return self._reading(call, a, k)
 
         if rows is not None:

@@ -18,13 +18,25 @@ from torch import Tensor, nn
 from .config import PeftConfig, nearest
 
 BASE = "__base__"
+# What acts on one row of a batch: an adapter, several in their order, or `BASE`.
+Row = str | tuple[str, ...]
+
+
+def names_of(row: Row) -> tuple[str, ...]:
+    """The adapters of a row."""
+    return () if row == BASE else (row,) if isinstance(row, str) else row
 
 
 class Choice(NamedTuple):
-    """Adapters for the whole batch, in the order in which they act; or one adapter (or `BASE`) for each row."""
+    """Adapters for the whole batch, in the order in which they act; or for each row."""
 
     names: tuple[str, ...]
-    rows: tuple[str, ...] | None = None
+    rows: tuple[Row, ...] | None = None
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every adapter that acts on some row."""
+        return self.names if self.rows is None else tuple(dict.fromkeys(n for row in self.rows for n in names_of(row)))
 
 
 # What the methods of a model took from the call of it that is running, by the adapters' names: see `Method.given`.
@@ -101,11 +113,17 @@ class Session:
         return not torch.compiler.is_compiling() and any(session is self for session, _ in _local.get())
 
     @contextmanager
-    def local(self, names: Sequence[str] = (), rows: Sequence[str] | None = None) -> Iterator[None]:
-        """Choose for this thread or task until the block ends; blocks nest."""
-        if rows is not None:
-            self.check([r for r in dict.fromkeys(rows) if r != BASE])
-        with self.under(Choice(self.check(names), None if rows is None else tuple(rows))):
+    def local(self, names: Sequence[str] = (), rows: Sequence[str | Sequence[str]] | None = None) -> Iterator[None]:
+        """Choose for this thread or task until the block ends; blocks nest.
+
+        Args:
+            names: adapters for the whole batch.
+            rows: in their place, for each row an adapter, several, or ``"__base__"``.
+        """
+        each = None if rows is None else tuple(row if isinstance(row, str) else tuple(row) for row in rows)
+        choice = Choice(self.check(names), each)
+        self.check(choice.all)
+        with self.under(choice):
             yield
 
     @contextmanager
@@ -142,11 +160,11 @@ class Session:
             if token is not None:
                 _calls.reset(token)
 
-    def narrowed(self, rows: Tensor) -> AbstractContextManager[None]:
+    def narrowed(self, rows: Sequence[int]) -> AbstractContextManager[None]:
         """The layers are told of these rows of the batch alone."""
         if not self.call:
             return nullcontext()
-        return self.calling({name: {key: t[rows] for key, t in given.items()} for name, given in self.call.items()})
+        return self.calling({name: {key: t[list(rows)] for key, t in given.items()} for name, given in self.call.items()})
 
 
 @dataclass

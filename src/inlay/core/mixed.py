@@ -1,0 +1,103 @@
+"""One layer on a batch whose rows have adapters of their own: the host works once, for all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.mixed import FEW_TOKENS, Side, add_segments
+from .method import LowRank
+from .rows import Group, Selector, entries_a_row, put_back, selector, taken
+from .session import Choice
+from .site import Embedding, Linear, TransposedLinear
+
+if TYPE_CHECKING:
+    from .inlaid import Adapter, Place
+
+
+def mixed(
+    place: Place,
+    call: Callable[..., Tensor],
+    choice: Choice,
+    groups: Sequence[Group],
+    x: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The layer on ``x``, each group of rows under its own adapters.
+
+    Args:
+        call: the host's forward.
+        choice: of rows; ``x`` has as many entries in front, or a multiple.
+        groups: the same rows by their adapters at this place.
+    """
+    count = len(choice.rows or ())
+    times, device = entries_a_row((x,), count)
+    if not args and not kwargs and not torch.compiler.is_compiling() and (found := _all_low_rank(place, groups)) is not None:
+        return _add_low_rank(place, choice, call(x), x, found)
+    size, whole = times * count, None
+
+    def of_all(mine: Selector) -> Tensor:
+        # What the host makes of an input that no adapter has changed is computed for all groups together.
+        nonlocal whole
+        whole = call(x, *args, **kwargs) if whole is None else whole
+        return taken(whole, mine, size)
+
+    parts = []
+    for group in groups:
+        mine = selector(group.rows, times, device)
+        own = taken(x, mine, size)
+
+        def host(x: Tensor, *a: Any, mine: Selector = mine, own: Tensor = own, **k: Any) -> Tensor:
+            return of_all(mine) if x is own else call(x, *a, **k)
+
+        further = tuple(taken(a, mine, size) for a in args), {key: taken(v, mine, size) for key, v in kwargs.items()}
+        with place.session.narrowed(group.rows):
+            parts.append(place.stacked(host, False, group.names, own, *further))
+    return put_back(groups, parts, times)
+
+
+def _adds_low_rank_alone(p: Adapter) -> bool:
+    """Whether an adapter does nothing here but add ``s B A``."""
+    method = p.method
+    if not isinstance(method, LowRank) or type(method).around is not LowRank.around or p.trained_bias is not None:
+        return False
+    return not (p.training and method.dropout) and method.delta_bias(p) is None
+
+
+def _all_low_rank(place: Place, groups: Sequence[Group]) -> dict[Adapter, list[int]] | None:
+    """The rows of each adapter, where all of them only add to a layer that multiplies the last axis."""
+    site = place.site
+    if site.batch or isinstance(site, Embedding) or not isinstance(site, (Linear, TransposedLinear)):
+        return None
+    found: dict[Adapter, list[int]] = {}
+    for group in groups:
+        for name in group.names:
+            p = place.adapters[name]
+            if p not in found and not _adds_low_rank_alone(p):
+                return None
+            found.setdefault(p, []).extend(group.rows)
+    return found
+
+
+def _add_low_rank(place: Place, choice: Choice, y: Tensor, x: Tensor, found: dict[Adapter, list[int]]) -> Tensor:
+    """Add each adapter's update to its rows of ``y``, the host's output for all of them."""
+    count = len(choice.rows or ())
+    if y.requires_grad and y._is_view():
+        # Autograd forbids writing into a view that a function returned.
+        y = y.clone()
+    flat, into = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    factors = [(*p.method.factors(p), p.method.scaling * p.strength) for p in found]  # type: ignore[attr-defined]
+    if len(flat) <= FEW_TOKENS and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+        # Through one generation the factors stay as they were put together; a later choice, even of the same rows, starts anew.
+        key = tuple((id(t), t._version, scale) for a, b, scale in factors for t in (a, b))
+        if place.side is None or place.side[0] is not choice or place.side[1] != key:
+            place.side = choice, key, Side(factors, list(found.values()), count)
+        place.side[2].add_to(into, flat)
+        return y
+    tokens = len(flat) // count
+    rows = [selector(tuple(sorted(mine)), tokens, x.device) for mine in found.values()]
+    return add_segments(y, flat, [(mine, *f) for mine, f in zip(rows, factors, strict=True)])

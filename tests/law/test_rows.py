@@ -1,0 +1,192 @@
+"""Many adapters on one model: a row each, a thread each, trained together."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import inlay
+from inlay.core.rows import Order, grouped
+
+ROWS: list[Any] = ["a", "b", "__base__", "a", ("a", "b"), "c", "d", "b"]
+
+
+def base() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40, pad_token_id=0, eos_token_id=39
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def adapted() -> Any:
+    """Two LoRAs of different ranks and targets, one with a bias of its own, an (IA)^3 and a rotation."""
+    model = inlay.get_peft_model(base(), inlay.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, seed=1), "a")
+    model.add_adapter("b", inlay.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_bias=True, seed=2))
+    gains = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"], "init_ia3_weights": False, "seed": 3}
+    model.add_adapter("c", inlay.IA3Config(**gains))
+    model.add_adapter("d", inlay.OFTConfig(oft_block_size=4, target_modules=["q_proj", "up_proj"], init_weights=False, seed=4))
+    return model.eval()
+
+
+def of(model: Any, row: Any) -> Any:
+    return model.use_adapters(*(() if row == "__base__" else (row,) if isinstance(row, str) else row))
+
+
+def tokens(rows: int = len(ROWS), length: int = 7) -> Tensor:
+    return torch.randint(1, 39, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("length", [2, 30])
+@torch.no_grad()
+def test_each_row_is_as_if_it_were_alone(length: int) -> None:
+    """With few tokens the factors stand side by side, with many each adapter has a segment."""
+    model, ids = adapted(), tokens(length=length)
+    together = model(input_ids=ids, adapter_names=ROWS).logits
+    for i, row in enumerate(ROWS):
+        with of(model, row):
+            torch.testing.assert_close(together[i], model(input_ids=ids[i : i + 1]).logits[0], rtol=1e-5, atol=1e-5)
+    # What was kept of the factors does not outlive a change of them.
+    for q in model.parameters():
+        q.data *= 1.5
+    again = model(input_ids=ids, adapter_names=ROWS).logits
+    with of(model, "a"):
+        torch.testing.assert_close(again[3], model(input_ids=ids[3:4]).logits[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_by_rows(beams: int) -> None:
+    model, ids = adapted(), tokens()
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "min_new_tokens": 5}
+    mask = torch.ones_like(ids)
+    together = model.generate(input_ids=ids, attention_mask=mask, adapter_names=ROWS, **options)
+    for i, row in enumerate(ROWS):
+        with of(model, row):
+            alone = model.generate(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1], **options)
+        assert torch.equal(together[i], alone[0]), row
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_in_the_order_of_the_caller() -> None:
+    model, ids = adapted(), tokens()
+    first = model(input_ids=ids[:, :5], adapter_names=ROWS, use_cache=True)
+    second = model(input_ids=ids[:, 5:], past_key_values=first.past_key_values, adapter_names=ROWS)
+    torch.testing.assert_close(second.logits, model(input_ids=ids, adapter_names=ROWS).logits[:, 5:], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_one_pass_are_those_of_solo_runs() -> None:
+    """Adapters trained together, with data, losses, learning rates and clipping of their own."""
+    data = {name: tokens(3, 9)[i : i + 1].repeat(2, 1) for i, name in enumerate("abc")}
+    rates = {"a": 0.1, "b": 0.03, "c": 0.3}
+
+    def parameters(model: Any, name: str) -> list[nn.Parameter]:
+        return [q for n, q in model.named_parameters() if f".adapters.{name}." in n]
+
+    def loss(logits: Tensor, ids: Tensor, name: str) -> Tensor:
+        plain = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return plain * 2 if name == "b" else plain
+
+    def steps(model: Any, names: str) -> dict[str, list[Tensor]]:
+        model.train()
+        model.set_adapter(list("abc"))
+        optimisers = {name: torch.optim.SGD(parameters(model, name), lr=rates[name]) for name in names}
+        for _ in range(3):
+            rows = [name for name in names for _ in range(2)]
+            # Not side by side, so that they have to be put in order.
+            mixed = rows[::2] + rows[1::2]
+            ids = torch.cat([data[name][:1] for name in names] * 2)
+            logits = model(input_ids=ids, adapter_names=mixed).logits
+            where = {name: [i for i, row in enumerate(mixed) if row == name] for name in names}
+            sum(loss(logits[where[name]], ids[where[name]], name) for name in names).backward()  # type: ignore[union-attr]
+            for name in names:
+                nn.utils.clip_grad_norm_(parameters(model, name), 0.05)
+                optimisers[name].step()
+                optimisers[name].zero_grad()
+        return {name: [q.detach().clone() for q in parameters(model, name)] for name in names}
+
+    together = steps(adapted(), "abc")
+    before = {name: [q.detach().clone() for q in parameters(adapted(), name)] for name in "abc"}
+    for name in "abc":
+        alone = steps(adapted(), name)[name]
+        for one, other in zip(together[name], alone, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        assert any(not torch.equal(one, start) for one, start in zip(alone, before[name], strict=True))
+
+
+def test_eight_threads_with_eight_adapters() -> None:
+    """Thousands of calls; each thread sees its own adapter and no other."""
+    torch.manual_seed(0)
+    model = inlay.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), _lora(0), "0")
+    for i in range(1, 8):
+        model.add_adapter(str(i), _lora(i))
+    model.eval()
+    x = torch.randn(2, 4)
+    expected = {}
+    for name in map(str, range(8)):
+        with model.use_adapters(name), torch.no_grad():
+            expected[name] = model(x)
+    wrong: list[str] = []
+
+    def serve(name: str) -> None:
+        with torch.no_grad():
+            for i in range(400):
+                with model.use_adapters(name):
+                    found = model(x)
+                if not torch.equal(found, expected[name]):
+                    wrong.append(name)
+                if i % 50 == 0:
+                    mixed = model(x, adapter_names=[name, "__base__"])
+                    if not torch.allclose(mixed[0], expected[name][0], atol=1e-6):
+                        wrong.append(f"row of {name}")
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def _lora(seed: int) -> inlay.LoraConfig:
+    return inlay.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False, seed=seed)
+
+
+@pytest.mark.parametrize("rows", [["a", "b", "a"], ["a", "a", "a"], ["a", "b", "c"]])
+def test_the_host_works_once_for_all_rows(rows: list[str]) -> None:
+    model = inlay.get_peft_model(nn.Sequential(nn.Linear(4, 4)), inlay.LoraConfig(target_modules=["0"], init_lora_weights=False), "a")
+    model.add_adapter("b", inlay.IA3Config(target_modules=["0"], feedforward_modules=[], init_ia3_weights=False))
+    model.add_adapter("c", inlay.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    layer, calls = model.get_base_model()[0], []
+    host = nn.Linear(4, 4)
+    host.load_state_dict({k: v for k, v in layer.state_dict().items() if "adapters" not in k})
+    layer._host_forward = lambda x: calls.append(len(x)) or nn.functional.linear(x, host.weight, host.bias)
+    model(torch.randn(3, 4), adapter_names=rows)
+    assert calls == [3]
+
+
+def test_what_cannot_be_put_in_order_is_gathered_layer_by_layer() -> None:
+    rows, x = ("a", "b", "a"), torch.zeros(3, 2)
+    assert Order.of(rows, (x,), {}) is not None
+    assert Order.of(("a", "a", "b"), (x,), {}) is None
+    assert Order.of(rows, (x,), {"past_key_values": object()}) is None
+    assert Order.of(rows, (x,), {"pixel_values": torch.zeros(5, 2)}) is None
+    assert Order.of(rows, (x,), {"something": {"of": x}}) is None
+    moved = Order.of(rows, (x,), {"cache_position": torch.arange(3)})
+    assert moved is not None
+    assert torch.equal(moved.into((torch.arange(3),), {"cache_position": torch.arange(3)})[1]["cache_position"], torch.arange(3))
+    assert moved.into((torch.arange(3),), {})[0][0].tolist() == [0, 2, 1]
+    assert moved.rows == ("a", "a", "b")
+    assert [g.rows for g in grouped(("a", ("a", "b"), "a"))] == [(0, 2), (1,)]
+
+
+def test_wrong_rows_are_named() -> None:
+    model = adapted()
+    with pytest.raises(ValueError, match="'A' not found. Loaded: a, b, c, d"):
+        model(input_ids=tokens(2), adapter_names=["A", "b"])
+    with pytest.raises(ValueError, match="3 adapter names were given for a batch of 2"):
+        model(input_ids=tokens(2), adapter_names=["a", "b", "a"])
