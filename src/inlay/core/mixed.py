@@ -94,9 +94,11 @@ def _add_low_rank(place: Place, choice: Choice, y: Tensor, x: Tensor, found: dic
     if len(flat) <= FEW_TOKENS and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
         # Through one generation the factors stay as they were put together; a later choice, even of the same rows, starts anew.
         key = tuple((id(t), t._version, scale) for a, b, scale in factors for t in (a, b))
-        if place.side is None or place.side[0] is not choice or place.side[1] != key:
-            place.side = choice, key, Side(factors, list(found.values()), count)
-        place.side[2].add_to(into, flat)
+        # Read once: another thread may put its own there meanwhile.
+        side = place.side
+        if side is None or side[0] is not choice or side[1] != key:
+            side = place.side = choice, key, Side(factors, list(found.values()), count)
+        side[2].add_to(into, flat)
         return y
     tokens = len(flat) // count
     rows = [selector(tuple(sorted(mine)), tokens, x.device) for mine in found.values()]
