@@ -40,6 +40,7 @@ from .initializers.loraga import LoraGAConfig as LoraGAConfig
 from .initializers.loraga import preprocess_loraga as preprocess_loraga
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.c3a import C3AConfig as C3AConfig
+from .methods.deft import DeftConfig as DeftConfig
 from .methods.delora import DeloraConfig as DeloraConfig
 from .methods.dylora import DyLoraConfig as DyLoraConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
@@ -56,6 +57,7 @@ from .methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
 from .methods.oft import OFTConfig as OFTConfig
 from .methods.osf import OSFConfig as OSFConfig
 from .methods.road import RoadConfig as RoadConfig
+from .methods.peanut import PeanutConfig as PeanutConfig
 from .methods.shira import ShiraConfig as ShiraConfig
 from .methods.supertuning import SupertuningConfig as SupertuningConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig

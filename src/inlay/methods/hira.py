@@ -1,4 +1,4 @@
-"""HiRA: ``W + W * (B A)``, an update that is high in rank by the Hadamard product (Huang et al. 2025, ICLR)."""
+"""HiRA: ``W + W * (B A)``, an update that is high in rank by the Hadamard product (Huang et al. 2025, openreview TwJrTz9cRS)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ class HiraConfig(Spread):
     rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "Other ranks by module pattern."})
 
     prefix: ClassVar[str] = "hira_"
-    paper: ClassVar[str] = "openreview TwJrTz9cRS"
     equation: ClassVar[str] = "W + W * (B A)"
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
     ours: ClassVar[frozenset[str]] = Method.ours
