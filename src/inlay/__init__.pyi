@@ -7,6 +7,7 @@ from .auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionA
 from .auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from .auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from .auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from .cache import AdapterCache as AdapterCache
 from .core.config import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
 from .core.config import PeftConfig as PeftConfig
 from .core.config import PeftType as PeftType
@@ -72,6 +73,9 @@ from .model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswerin
 from .model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .model import PeftModelForTokenClassification as PeftModelForTokenClassification
+from .prompts.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+from .prompts.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
+from .prompts.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
 from .prompts.prompt_tuning import PromptTuningConfig as PromptTuningConfig
 from .prompts.prompt_tuning import PromptTuningInit as PromptTuningInit
 from .state_dict import get_peft_model_state_dict as get_peft_model_state_dict

@@ -29,8 +29,9 @@ class Tasks(PromptMethod):
     def in_file(self, p):
         return {"prompt_embeddings": p.embedding.weight * p.gains}
 
-    def out_of_forward(self, outputs, inputs):
-        outputs["of"] = sorted(inputs)
+    def forward(self, base, inputs, vectors, options):
+        outputs = super().forward(base, inputs, vectors, options)
+        outputs["of"] = sorted((*inputs, *options))
         return outputs
 
 
@@ -43,7 +44,7 @@ def test_vectors_that_differ_by_row(model, ids):
     tasks = torch.tensor([2, 0, 1])
     together = model(input_ids=ids, task_ids=tasks, labels=ids)
     assert together.logits.shape == (3, 11, 64)
-    assert together["of"] == ["input_ids", "labels"]
+    assert together["of"] == ["input_ids", "labels", "task_ids"]
     for row in range(3):
         alone = model(input_ids=ids[row : row + 1], task_ids=tasks[row : row + 1]).logits[0]
         assert (together.logits[row] - alone).abs().max() < 1e-5

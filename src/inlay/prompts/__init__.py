@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import prompt_tuning
+from . import p_tuning, prefix_tuning, prompt_tuning
 from .adapters import attach_prompt, load_prompt, prompt_tensors, show_trainable
 from .method import PromptMethod
 from .prompt import Prompt
@@ -15,6 +15,8 @@ __all__ = [
     "forward_with_prompt",
     "generate_with_prompt",
     "load_prompt",
+    "p_tuning",
+    "prefix_tuning",
     "prompt_tensors",
     "prompt_tuning",
     "show_trainable",

@@ -54,7 +54,8 @@ def attach_prompt(
     config.prepare(base)
     words = words_of(base)
     weight = next(words.parameters())
-    prompt = Prompt(config, adapter_dtype(weight.dtype, autocast_adapter_dtype))
+    method = config if tensors is None and not config.inference_mode else config.settled()
+    prompt = Prompt(method, adapter_dtype(weight.dtype, autocast_adapter_dtype))
 
     def values(parts: list[Part]) -> None:
         slots = [*_own_slots(prompt, adapter_name), *slots_of_parts(parts, adapter_name)]
@@ -65,7 +66,7 @@ def attach_prompt(
     if tensors is None:
         prompt.materialise(weight.device)
         with torch.no_grad():
-            config.start(prompt, words)
+            method.start(prompt, words)
     session = attach(
         base,
         config,
@@ -137,9 +138,21 @@ def load_prompt(
         AdapterMismatch: the tensors do not fit; nothing is changed.
     """
     peft_model.session.check((name,))
-    base = peft_model.get_base_model()
-    slots = [*_own_slots(_prompt(peft_model, name), name), *slots_of_model(base, name)]
-    return _fill(slots, base, tensors, name, strict, ignore_mismatched_sizes)
+    base, prompt = peft_model.get_base_model(), _prompt(peft_model, name)
+    settled = prompt.method.settled()
+    live = prompt if settled is prompt.method else Prompt(settled, next(prompt.parameters()).dtype)
+    slots = [*_own_slots(live, name), *slots_of_model(base, name)]
+    report = _fill(slots, base, tensors, name, strict, ignore_mismatched_sizes)
+    if live is not prompt:
+        if any(s.tensor.is_meta for s in live.slots("")):
+            return report
+        # The file has what the network made, and not the network.
+        live.materialise(next(prompt.parameters()).device)
+        peft_model.prompt_encoder[name] = live.train(prompt.training)
+        show_trainable(peft_model)
+    with torch.no_grad():
+        live.method.loaded(live)
+    return report
 
 
 def _prompt(peft_model: PeftModel, name: str) -> Prompt:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,19 +48,19 @@ def before_forward(inputs: dict[str, Any], vectors: Tensor, words: nn.Module, ta
     inputs = dict(inputs)
     n = vectors.shape[1]
     begun = _holds_tokens(inputs.get("past_key_values")) or inputs.get("encoder_outputs") is not None
-    _drop(inputs, "position_ids")
+    drop(inputs, "position_ids")
     if inputs.get("attention_mask") is not None:
-        inputs["attention_mask"] = _mask_before(inputs["attention_mask"], n, begun=begun, causal=task in ("CAUSAL_LM", None))
+        inputs["attention_mask"] = mask_before(inputs["attention_mask"], n, begun=begun, causal=task in ("CAUSAL_LM", None))
     if task in TYPED:
         if inputs.get("token_type_ids") is not None and not begun:
-            inputs["token_type_ids"] = _before(inputs["token_type_ids"], n, 0)
+            inputs["token_type_ids"] = before(inputs["token_type_ids"], n, 0)
     else:
-        _drop(inputs, "token_type_ids")
+        drop(inputs, "token_type_ids")
     if begun:
         return inputs
     embeds = embedded(inputs, words)
     if inputs.get("labels") is not None and _labels_tokens(inputs["labels"], embeds, task):
-        inputs["labels"] = _before(inputs["labels"], n, IGNORED_LABEL)
+        inputs["labels"] = before(inputs["labels"], n, IGNORED_LABEL)
     return inputs | {"inputs_embeds": joined(vectors, embeds)}
 
 
@@ -83,11 +83,8 @@ def before_generate(inputs: dict[str, Any], vectors: Tensor, base: nn.Module) ->
     n = vectors.shape[1]
     if inputs.pop("encoder_outputs", None) is not None:
         warnings.warn("`encoder_outputs` were made without the virtual tokens; they are ignored.")
-    given = inputs.get("generation_config")
-    for name in TOKENS_ONLY:
-        if _setting(name, inputs, given, base) is not None:
-            raise ValueError(f"`{name}` reads the prompt as tokens, and virtual tokens are embeddings: they would be lost. Leave it out.")
-    _drop(inputs, "token_type_ids")
+    refuse_settings(TOKENS_ONLY, inputs, base, "reads the prompt as tokens, and virtual tokens are embeddings: they would be lost")
+    drop(inputs, "token_type_ids")
     ids = inputs.get("input_ids")
     words: nn.Module = base.get_input_embeddings()  # type: ignore[operator]
     embeds = embedded(inputs, words)
@@ -96,7 +93,7 @@ def before_generate(inputs: dict[str, Any], vectors: Tensor, base: nn.Module) ->
         mask = _mask_of(ids, inputs, base) if ids is not None else torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
     elif mask.ndim != 2:
         raise ValueError(f"attention_mask has {mask.ndim} axes; a generation takes (batch, length).")
-    inputs |= {"inputs_embeds": joined(vectors, embeds), "attention_mask": _before(mask, n, 1)}
+    inputs |= {"inputs_embeds": joined(vectors, embeds), "attention_mask": before(mask, n, 1)}
     if getattr(base.config, "is_encoder_decoder", False):
         return inputs
     if inputs.get("position_ids") is not None:
@@ -123,12 +120,12 @@ def joined(vectors: Tensor, embeds: Tensor) -> Tensor:
     return torch.cat((vectors.to(embeds.device, embeds.dtype), embeds), 1)
 
 
-def _before(tensor: Tensor, n: int, value: int) -> Tensor:
+def before(tensor: Tensor, n: int, value: int) -> Tensor:
     """``(batch, n + length)``: a value for each virtual token, then the tensor."""
     return torch.cat((tensor.new_full((len(tensor), n), value), tensor), 1)
 
 
-def _mask_before(mask: Tensor, n: int, begun: bool, causal: bool) -> Tensor:
+def mask_before(mask: Tensor, n: int, begun: bool, causal: bool) -> Tensor:
     """A mask that shows the virtual tokens to all others.
 
     Args:
@@ -138,7 +135,7 @@ def _mask_before(mask: Tensor, n: int, begun: bool, causal: bool) -> Tensor:
         causal: virtual tokens see those before them only; else also each other and whatever any token sees.
     """
     if mask.ndim == 2:
-        return _before(mask, n, 1)
+        return before(mask, n, 1)
     if mask.ndim != 4:
         raise ValueError(f"attention_mask has {mask.ndim} axes; give (batch, length) or (batch, heads, queries, keys).")
     if not mask.is_floating_point():
@@ -168,9 +165,19 @@ def _labels_tokens(labels: Tensor, embeds: Tensor, task: str | None) -> bool:
     return task in ("CAUSAL_LM", "TOKEN_CLS")
 
 
-def _drop(inputs: dict[str, Any], name: str) -> None:
+def drop(inputs: dict[str, Any], name: str) -> None:
     if inputs.pop(name, None) is not None:
         warnings.warn(f"`{name}` cannot be combined with virtual tokens here; it is ignored.")
+
+
+def refuse_settings(names: Sequence[str], inputs: Mapping[str, Any], base: nn.Module, why: str) -> None:
+    """
+    Raises:
+        ValueError: one of these settings of a generation is made.
+    """
+    for name in names:
+        if _setting(name, inputs, inputs.get("generation_config"), base) is not None:
+            raise ValueError(f"`{name}` {why}. Leave it out.")
 
 
 def _setting(name: str, inputs: Mapping[str, Any], given: Any, base: nn.Module) -> Any:

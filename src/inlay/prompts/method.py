@@ -1,14 +1,15 @@
 """Methods on the inputs of the whole model. As with methods on weights, the configuration is the method.
 
-A method declares its tensors (`params`), says which vectors it makes of them (`vectors`), and how these enter a forward pass
-and a generation (`into_forward`, `into_generate`: before the embeddings of the input, unless it says otherwise). Adapters,
-files, tasks, rows of a batch and threads are written once, for all of them.
+A method declares its tensors (`params`), says which vectors it makes of them (`vectors`), and how the base runs with these
+(`forward`, `generate`: they go before the embeddings of the input, unless it says otherwise). Adapters, files, tasks, rows of a
+batch and threads are written once, for all of them.
 
 Such a method is no function of any weight, so there is nothing to merge.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.config import PromptLearningConfig, TaskType
 from ..core.method import Param
+from ..formats.state import Slot
 from .inputs import before_forward, before_generate
 from .prompt import Prompt
 
@@ -46,7 +48,7 @@ class PromptMethod(PromptLearningConfig):
         """
         if not self.num_virtual_tokens or self.num_virtual_tokens < 1:
             raise ValueError(f"num_virtual_tokens={self.num_virtual_tokens}: say how many virtual tokens to learn, such as 20.")
-        check_takes_embeddings(base)
+        self.check(base)
         width = self.width(base)
         if self.token_dim is None:
             self.token_dim = width
@@ -62,6 +64,13 @@ class PromptMethod(PromptLearningConfig):
         if self.num_attention_heads is None:
             self.num_attention_heads = getattr(sizes, "num_attention_heads", None)
 
+    def check(self, base: nn.Module) -> None:
+        """
+        Raises:
+            ValueError: the base cannot run with the vectors.
+        """
+        check_takes_embeddings(base)
+
     def width(self, base: nn.Module) -> int:
         """The width of a virtual token in this base."""
         return embedding_width(words_of(base))
@@ -73,6 +82,24 @@ class PromptMethod(PromptLearningConfig):
     def start(self, p: Prompt, words: nn.Module) -> None:
         """Set initial values that depend on the embedding of words; called once all tensors are there, without gradients."""
 
+    def become(self, cls: type[PromptMethod]) -> PromptMethod:
+        """The same fields under the mathematics of another class."""
+        other = copy.copy(self)
+        other.__class__ = cls  # type: ignore[assignment]
+        return other
+
+    def settled(self) -> PromptMethod:
+        """The method of an adapter that comes from a file: where files hold vectors and not the network that makes them, it
+        learns the vectors themselves."""
+        return self
+
+    def loaded(self, p: Prompt) -> None:
+        """Called once a file's tensors are in; sets what no file has, without gradients."""
+
+    def slots(self, p: Prompt, live: str) -> list[Slot]:
+        """The tensors by their names in a file, with ``live`` in front of their live names."""
+        return p.own_slots(live)
+
     def in_file(self, p: Prompt) -> dict[str, Tensor]:
         """The tensors as a file has them."""
         return {slot.key: slot.tensor for slot in p.slots("")}
@@ -82,17 +109,13 @@ class PromptMethod(PromptLearningConfig):
         """What enters the model: ``(tokens, dim)``, or ``(batch, tokens, dim)`` where the options differ by row."""
         raise NotImplementedError
 
-    def into_forward(self, inputs: dict[str, Any], vectors: Tensor, words: nn.Module) -> dict[str, Any]:
-        """The arguments of a forward pass with ``vectors (batch, tokens, dim)`` in them."""
-        return before_forward(inputs, vectors, words, self.task_type)
+    def forward(self, base: nn.Module, inputs: dict[str, Any], vectors: Tensor, options: Mapping[str, Any]) -> Any:
+        """The base on the caller's arguments with ``vectors (batch, tokens, dim)``."""
+        return base(**before_forward(inputs, vectors, words_of(base), self.task_type))
 
-    def out_of_forward(self, outputs: Any, inputs: Mapping[str, Any]) -> Any:
-        """What the caller gets, given the base's outputs and the caller's arguments by name."""
-        return outputs
-
-    def into_generate(self, inputs: dict[str, Any], vectors: Tensor, base: nn.Module) -> dict[str, Any]:
-        """The arguments of the base's ``generate`` with ``vectors (batch, tokens, dim)`` in them."""
-        return before_generate(inputs, vectors, base)
+    def generate(self, base: nn.Module, inputs: dict[str, Any], vectors: Tensor) -> Any:
+        """A generation of the base with ``vectors (batch, tokens, dim)``."""
+        return base.generate(**before_generate(inputs, vectors, base))  # type: ignore[operator]
 
 
 def words_of(base: nn.Module) -> nn.Module:

@@ -50,6 +50,10 @@ class Prompt(nn.Module):
 
     def slots(self, live: str) -> list[Slot]:
         """The tensors that go to a file, with ``live`` in front of their live names."""
+        return self.method.slots(self, live)
+
+    def own_slots(self, live: str) -> list[Slot]:
+        """As `slots`, each tensor as it is here."""
         return [Slot(p.key or name, live + name, *self._holder(name)) for name, p in self.declared.items() if p.persistent]
 
     def materialise(self, device: torch.device) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .inputs import rows_of
-from .method import PromptMethod, words_of
+from .method import PromptMethod
 
 if TYPE_CHECKING:
     from ..model import PeftModel
@@ -27,9 +27,8 @@ def forward_with_prompt(peft_model: PeftModel, *args: Any, **kwargs: Any) -> Any
     """
     base = peft_model.get_base_model()
     inputs = named(base.forward, args, kwargs)
-    method, vectors = chosen(peft_model, inputs)
-    outputs = base(**method.into_forward(inputs, vectors, words_of(base)))
-    return method.out_of_forward(outputs, inputs)
+    method, vectors, options = chosen(peft_model, inputs)
+    return method.forward(base, inputs, vectors, options)
 
 
 def generate_with_prompt(peft_model: PeftModel, *args: Any, **kwargs: Any) -> Any:
@@ -44,8 +43,8 @@ def generate_with_prompt(peft_model: PeftModel, *args: Any, **kwargs: Any) -> An
         inputs["input_ids"] = inputs.pop("inputs")
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         inputs["input_ids"] = _beginning(base)
-    method, vectors = chosen(peft_model, inputs)
-    return base.generate(**method.into_generate(inputs, vectors, base))  # type: ignore[operator]
+    method, vectors, _ = chosen(peft_model, inputs)
+    return method.generate(base, inputs, vectors)
 
 
 def named(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,8 +61,8 @@ def _beginning(base: nn.Module) -> Tensor:
     return torch.tensor([[token]], device=next(base.parameters()).device)
 
 
-def chosen(peft_model: PeftModel, inputs: dict[str, Any]) -> tuple[PromptMethod, Tensor]:
-    """The method that acts here and now and its vectors ``(batch, tokens, dim)``; its own options are taken out of the inputs.
+def chosen(peft_model: PeftModel, inputs: dict[str, Any]) -> tuple[PromptMethod, Tensor, dict[str, Any]]:
+    """The method that acts here and now, its vectors ``(batch, tokens, dim)`` and its own options, taken out of the inputs.
 
     Several adapters follow each other in the order in which they were named. Rows may differ in their adapter.
 
@@ -80,7 +79,7 @@ def chosen(peft_model: PeftModel, inputs: dict[str, Any]) -> tuple[PromptMethod,
     batch = rows_of(inputs)
     found = {n: _for_rows(p.method.vectors(p, options), batch) for n, p in prompts.items()}  # type: ignore[operator, union-attr]
     if choice.rows is None:
-        return methods[0], torch.cat([found[n] for n in choice.names if n in found], 1)
+        return methods[0], torch.cat([found[n] for n in choice.names if n in found], 1), options
     lengths = {n: found[n].shape[1] if n in found else 0 for n in choice.rows}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{n}: {length}" for n, length in lengths.items())
@@ -88,7 +87,7 @@ def chosen(peft_model: PeftModel, inputs: dict[str, Any]) -> tuple[PromptMethod,
     if batch % len(choice.rows):
         raise ValueError(f"{len(choice.rows)} adapter names were given for a batch of {batch}; give one for each row.")
     times = batch // len(choice.rows)
-    return methods[0], torch.stack([found[choice.rows[i // times]][i] for i in range(batch)])
+    return methods[0], torch.stack([found[choice.rows[i // times]][i] for i in range(batch)]), options
 
 
 def _for_rows(vectors: Tensor, batch: int) -> Tensor:
