@@ -112,9 +112,11 @@ def _adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def activate(session: Session, names: Iterable[str], model: nn.Module | None = None) -> None:
     """Make these the active adapters, in this order. What is trainable stays so; it takes gradients while it is active."""
-    session.active = session.check(names)
-    if model is not None:
-        _show_trainable(model, session, tuple(session.configs))
+    before, session.active = session.active, session.check(names)
+    changed = {*before, *session.active}
+    # Where none of them is trained there is nothing to show, however many layers and adapters there are.
+    if model is not None and changed & session.trainable:
+        _show_trainable(model, session, changed)
 
 
 def _show_trainable(model: nn.Module, session: Session, names: Iterable[str]) -> None:

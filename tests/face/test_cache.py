@@ -1,0 +1,123 @@
+"""AdapterCache: adapters come when they are used and leave when there is no room."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import inlay
+
+BYTES = 4 * 2 * (4 + 3)  # rank 2 on a layer of 4 x 3
+
+
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3))
+
+
+def lora(seed: int) -> inlay.LoraConfig:
+    return inlay.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, seed=seed)
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> tuple[Path, dict[str, Tensor], Tensor]:
+    """Six adapters in a folder, and what each makes of one input."""
+    x, expected = torch.randn(2, 4), {}
+    for i in range(6):
+        model = inlay.get_peft_model(base(), lora(i + 1)).eval()
+        model.save_pretrained(tmp_path / f"n{i}")
+        expected[f"n{i}"] = model(x).detach()
+    return tmp_path, expected, x
+
+
+def served() -> Any:
+    return inlay.get_peft_model(base(), lora(0), "own").eval()
+
+
+def test_the_least_recently_used_leaves(shelf: Any) -> None:
+    folder, expected, x = shelf
+    model = served()
+    own = model(x)
+    cache = inlay.AdapterCache(model, folder, max_bytes=3 * BYTES)
+    assert cache.available() == [f"n{i}" for i in range(6)]
+    for name in ("n0", "n1", "n2", "n0", "n3"):
+        with cache.use(name), torch.no_grad():
+            assert torch.equal(model(x), expected[name])
+    assert cache.loaded == ["n2", "n0", "n3"]
+    assert cache.nbytes == 3 * BYTES
+    assert (cache.hits, cache.misses) == (1, 4)
+    assert "n1" not in model.peft_config
+    assert torch.equal(model(x), own)
+    with cache.rows(["n5", "__base__"]):
+        both = model(x)
+    torch.testing.assert_close(both[0], expected["n5"][0])
+    torch.testing.assert_close(both[1], base()(x)[1])
+    assert cache.loaded == ["n0", "n3", "n5"]
+
+
+def test_pinned_and_used_ones_stay(shelf: Any) -> None:
+    folder, *_ = shelf
+    cache = inlay.AdapterCache(served(), lambda name: folder / name, max_adapters=2)
+    cache.pin("n0")
+    with cache.use("n1"):
+        with pytest.raises(ValueError, match="n2.*in use or pinned"):
+            cache.load("n2")
+        with pytest.raises(ValueError, match="in use"):
+            cache.evict("n1")
+    assert cache.loaded == ["n0", "n1"]
+    cache.load("n2")
+    assert cache.loaded == ["n0", "n2"]
+    cache.unpin("n0")
+    cache.load("n3")
+    assert cache.loaded == ["n2", "n3"]
+    cache.evict("n2")
+    assert len(cache) == 1
+    with pytest.raises(ValueError, match="n33.*'n3'"):
+        inlay.AdapterCache(served(), folder).load("n33")
+
+
+def test_threads_share_a_cache(shelf: Any) -> None:
+    folder, expected, x = shelf
+    model = served()
+    cache, wrong = inlay.AdapterCache(model, folder, max_adapters=4), []
+
+    def serve(start: int) -> None:
+        with torch.no_grad():
+            for i in range(60):
+                name = f"n{(start + i * (start + 1)) % 6}"
+                with cache.use(name):
+                    if not torch.equal(model(x), expected[name]):
+                        wrong.append(name)
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(cache) <= 4
+
+
+def test_switching_does_not_look_at_adapters_that_are_not_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    from inlay.core import attach
+
+    model = served()
+    for i in range(5):
+        config = lora(i)
+        config.inference_mode = True
+        model.add_adapter(f"m{i}", config)
+    walks = []
+    walk = attach.places
+    monkeypatch.setattr(attach, "places", lambda m: walks.append(1) or walk(m))
+    model.set_adapter("m0")
+    assert len(walks) == 1  # "own" was trained and rests now
+    assert not any(q.requires_grad for q in model.parameters())
+    model.set_adapter("m1")
+    assert len(walks) == 1
+    model.set_adapter("own")
+    assert sum(q.requires_grad for q in model.parameters()) == 2
