@@ -40,6 +40,7 @@ from .initializers.loftq import replace_lora_weights_loftq as replace_lora_weigh
 from .initializers.loraga import LoraGAConfig as LoraGAConfig
 from .initializers.loraga import preprocess_loraga as preprocess_loraga
 from .methods.beft import BeftConfig as BeftConfig
+from .methods.boft import BOFTConfig as BOFTConfig
 from .methods.c3a import C3AConfig as C3AConfig
 from .methods.deft import DeftConfig as DeftConfig
 from .methods.delora import DeloraConfig as DeloraConfig

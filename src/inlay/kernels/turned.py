@@ -20,7 +20,24 @@ from .lowrank import linear, rows_of, takes_the_formula
 # Blocks below this size are too small for a matrix product of their own and are put together.
 WIDE = 32
 
-Order = tuple[Tensor, Tensor] | None
+# How many pairs of pieces a permutation takes apart, and the length of a piece; None leaves all where it is.
+Order = tuple[int, int] | None
+
+
+def bring(x: Tensor, order: Order, axis: int = -1) -> Tensor:
+    """``x P``: of every ``2 m`` pieces along an axis, those of the second half go between those of the first."""
+    return x if order is None else _swapped(x, (2, order[0], order[1]), axis)
+
+
+def take_back(x: Tensor, order: Order, axis: int = -1) -> Tensor:
+    """``x P'``, the inverse: of every ``2 m`` pieces the even ones, then the odd ones."""
+    return x if order is None else _swapped(x, (order[0], 2, order[1]), axis)
+
+
+def _swapped(x: Tensor, sizes: tuple[int, int, int], axis: int) -> Tensor:
+    split = x.unflatten(axis, (-1, *sizes))
+    at = x.ndim - 1 if axis == -1 else axis
+    return split.transpose(at + 1, at + 2).flatten(at, at + 3)
 
 
 # ---- chains of block-diagonal matrices ---------------------------------------------------------------------------------------
@@ -29,7 +46,7 @@ def linear_turned(x: Tensor, w: Tensor, bias: Tensor | None, blocks: Tensor, ord
 
     Args:
         x: ``(*, in)``. w: ``(out, in)``. bias: ``(out,)`` or None. blocks: ``(factors, blocks, size, size)``.
-        orders: for each factor where its permutation takes each column from and brings it to, or None.
+        orders: the permutation ``P`` of each factor ``P B P'``, whose ``B`` is block-diagonal.
     """
     dtype = x.dtype
     if takes_the_formula(x, w, bias) or torch.is_autocast_enabled(x.device.type):
@@ -51,10 +68,8 @@ def turn(x: Tensor, blocks: Tensor, orders: Sequence[Order]) -> Tensor:
 
 def _times(x: Tensor, factor: Tensor, order: Order) -> Tensor:
     """``x M_i`` for one factor ``(*batch, blocks, size, size)``."""
-    if order is not None:
-        x = x[..., order[0]]
-    x = (x.unflatten(-1, factor.shape[-3:-1]).transpose(-3, -2) @ factor).transpose(-3, -2).flatten(-2)
-    return x if order is None else x[..., order[1]]
+    pieces = bring(x, order).unflatten(-1, factor.shape[-3:-1]).transpose(-3, -2)
+    return take_back((pieces @ factor).transpose(-3, -2).flatten(-2), order)
 
 
 def widened(blocks: Tensor) -> Tensor:
@@ -76,11 +91,8 @@ def _forward_turned(x: Tensor, w: Tensor, bias: Tensor | None, blocks: Tensor, o
     # M W' from the right end of the chain.
     passing = w.t()
     for factor, order in zip(reversed(blocks.unbind(0)), reversed(orders), strict=True):
-        if order is not None:
-            passing = passing[order[0]]
-        passing = (factor @ passing.unflatten(0, factor.shape[:2])).flatten(0, 1)
-        if order is not None:
-            passing = passing[order[1]]
+        pieces = bring(passing, order, axis=0).unflatten(0, factor.shape[:2])
+        passing = take_back((factor @ pieces).flatten(0, 1), order, axis=0)
     return linear(x, passing.t(), bias)
 
 
@@ -100,14 +112,9 @@ class _LinearTurned(torch.autograd.Function):
             inputs.append(_times(inputs[-1], factor, order))
         d = (rows_of(g, w.dtype) @ w).to(blocks.dtype)
         for factor, order, rows in zip(reversed(factors), reversed(orders), reversed(inputs), strict=True):
-            if order is not None:
-                # The inverse of bringing columns to `order[1]` is to take them from `order[0]`.
-                d, rows = d[:, order[0]], rows[:, order[0]]
-            d = d.unflatten(-1, factor.shape[:2])
-            found.append(rows.unflatten(-1, factor.shape[:2]).permute(1, 2, 0) @ d.transpose(0, 1))
-            d = (d.transpose(0, 1) @ factor.mT).transpose(0, 1).flatten(-2)
-            if order is not None:
-                d = d[:, order[1]]
+            d, rows = (bring(t, order).unflatten(-1, factor.shape[:2]).transpose(0, 1) for t in (d, rows))
+            found.append(rows.mT @ d)
+            d = take_back((d @ factor.mT).transpose(0, 1).flatten(-2), order)
         return d.view(x.shape).to(x.dtype), None, None, torch.stack(found[::-1]), None
 
 
