@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -88,7 +88,7 @@ def check(config: Any) -> None:
             if used and not value:
                 raise ValueError("init_lora_weights='loftq' needs a `loftq_config`, such as LoftQConfig(loftq_bits=4).")
             # HF peft's files have a dictionary here, empty where it is not used.
-            config.loftq_config = asdict(value) if used else {}
+            config.loftq_config = vars(value).copy() if used else {}
         else:
             # What is to be estimated for LoRA-GA is for the user to say.
             setattr(config, attribute, cls() if used and not value and name != "lora_ga" else value)

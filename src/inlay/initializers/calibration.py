@@ -50,7 +50,10 @@ def watching(modules: Mapping[str, nn.Module], see: Callable[[str, tuple[Any, ..
     """Call ``see`` with the name and the arguments of each of these modules when it is called."""
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda _, args, kwargs: see(name, args or tuple(kwargs.values())) and None
+        def met(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(name, args or tuple(kwargs.values()))
+
+        return met
 
     handles = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in modules.items()]
     try:

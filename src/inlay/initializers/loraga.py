@@ -123,12 +123,11 @@ def loraga_start(sites: Sequence[Site], method: Offset, paths: Sequence[str]) ->
         ValueError: there are none, and how to come by them; or there are less than 2r singular vectors.
     """
     site = sites[0]
-    name = attribute(site.name)
     for one, path in zip(sites, paths, strict=True):
-        if not hasattr(one.module, name):
+        if attribute(one.name) not in vars(one.module):
             raise ValueError(unknown_start("lora_ga", path))
     options: LoraGAConfig = method.lora_ga_config or LoraGAConfig()  # type: ignore[attr-defined]
-    gradients = torch.stack([one.matrix(vars(one.module).pop(name)) for one in sites])
+    gradients = torch.stack([one.matrix(vars(one.module).pop(attribute(one.name))) for one in sites])
     r = method.params(site)[method.names(site)[0]].shape(site)[-2]
     if 2 * r > min(site.shape[-2:]):
         raise ValueError(
