@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from ..core.config import PeftType
 from ..core.method import LowRank, Method, Param, add, constant, meet, normal, ones, register, zeros
 from ..core.site import Site
+from ..kernels.gained import linear_plus_gained
+from .banks import check_positive, check_share, corner, uniform_of_fan, widest
 
 if TYPE_CHECKING:
     from ..core.inlaid import Adapter, Inner
@@ -55,10 +57,8 @@ class VeraConfig(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
-        if not 0 <= self.vera_dropout < 1:
-            raise ValueError(f"`vera_dropout` is a share in [0, 1), not {self.vera_dropout!r}.")
+        check_positive(r=self.r)
+        check_share("vera_dropout", self.vera_dropout)
 
     @property
     def dropout(self) -> float:
@@ -69,14 +69,10 @@ class VeraConfig(LowRank):
 
     def shared(self, sites: Mapping[str, Site]) -> nn.Module:
         """A and B for the widest of the layers; the others use a corner of them."""
-        generator = torch.Generator().manual_seed(self.projection_prng_key)
-        bank = nn.Module()
-        widest = {axis: max(site.size(axis) for site in sites.values()) for axis in ("in", "out")}
-        shapes = {"vera_A": (self.r, widest["in"]), "vera_B": (widest["out"], self.r)}
-        for name, shape in shapes.items():
-            bound = (6 / shape[1]) ** 0.5
-            drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            bank.register_buffer(name, drawn, persistent=self.save_projection)
+        generator, bank = torch.Generator().manual_seed(self.projection_prng_key), nn.Module()
+        out, inp = widest(sites.values())
+        for name, shape in {"vera_A": (self.r, inp), "vera_B": (out, self.r)}.items():
+            bank.register_buffer(name, uniform_of_fan(shape, generator), persistent=self.save_projection)
         return bank
 
     def params(self, site: Site) -> dict[str, Param]:
@@ -85,9 +81,9 @@ class VeraConfig(LowRank):
 
     def _corners(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """What this layer uses of A and B, one copy for each matrix of a batch."""
-        like, batch = p.vera_lambda_d, p.site.batch
-        a, b = p.shared.vera_A[: self.r, : p.site.size("in")], p.shared.vera_B[: p.site.size("out"), : self.r]
-        return a.to(like).expand(*batch, *a.shape), b.to(like).expand(*batch, *b.shape)
+        site, like = p.site, p.vera_lambda_d
+        a = corner(p.shared.vera_A, site, self.r, site.size("in"), like)
+        return a, corner(p.shared.vera_B, site, site.size("out"), self.r, like)
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         a, b = self._corners(p)
@@ -97,6 +93,9 @@ class VeraConfig(LowRank):
         site = inner.site
         if site.size("channel") != site.size("out"):
             return super().around(p, inner, x)
+        if inner.dense is not None:
+            rate = self.dropout if p.training else 0.0
+            return linear_plus_gained(x, *inner.dense, *self._corners(p), p.vera_lambda_d, p.vera_lambda_b, p.strength, rate)
         # Gains on what passes through the frozen pair need no gradient of the pair's size, and no input kept for it.
         y = inner(x)
         if self.dropout and p.training and x.is_floating_point():

@@ -1,0 +1,39 @@
+"""What methods have in common whose layers share a bank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..core.site import Site
+
+
+def widest(sites: Iterable[Site]) -> tuple[int, int]:
+    """The most outputs and the most inputs of any layer."""
+    sizes = [(site.size("out"), site.size("in")) for site in sites]
+    return max(out for out, _ in sizes), max(inp for _, inp in sizes)
+
+
+def uniform_of_fan(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Kaiming's uniform numbers for ReLU, within ``sqrt(6 / fan_in)``, fan_in being the last axis."""
+    bound = (6 / shape[-1]) ** 0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def corner(bank: Tensor, site: Site, rows: int, columns: int, like: Tensor) -> Tensor:
+    """What a layer uses of a bank's matrix, one copy for each matrix of a batch."""
+    part = bank[:rows, :columns].to(like)
+    return part.expand(*site.batch, *part.shape)
+
+
+def check_share(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"`{name}` is a share in [0, 1), not {value!r}.")
+
+
+def check_positive(**values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ValueError(f"`{name}` should be a positive integer, not {value!r}.")
