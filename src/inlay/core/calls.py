@@ -20,7 +20,7 @@ def calling(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         model: the bare model that holds the adapters.
     """
     session = session_of(model)
-    methods = {n: c for n, c in session.configs.items() if isinstance(c, Method)} if session is not None else {}
+    methods = {n: c.variant() for n, c in session.configs.items() if isinstance(c, Method)} if session is not None else {}
     listening = {n: c for n, c in methods.items() if c.takes or type(c).given is not Method.given}
     if session is None or not listening:
         yield
@@ -40,8 +40,9 @@ def penalised(model: nn.Module, output: Any) -> Any:
     if session is None or getattr(output, "loss", None) is None:
         return output
     for name in session.choice().names:
-        method = session.configs[name]
-        if isinstance(method, Method) and type(method).penalty is not Method.penalty:
+        config = session.configs[name]
+        method = config.variant() if isinstance(config, Method) else None
+        if method is not None and type(method).penalty is not Method.penalty:
             extra = method.penalty(adapters_of(model, name))
             if extra is not None:
                 output.loss = output.loss + extra
