@@ -39,8 +39,10 @@ from .initializers.loftq import LoftQConfig as LoftQConfig
 from .initializers.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
 from .initializers.loraga import LoraGAConfig as LoraGAConfig
 from .initializers.loraga import preprocess_loraga as preprocess_loraga
+from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.beft import BeftConfig as BeftConfig
 from .methods.boft import BOFTConfig as BOFTConfig
+from .methods.bone import BoneConfig as BoneConfig
 from .methods.c3a import C3AConfig as C3AConfig
 from .methods.deft import DeftConfig as DeftConfig
 from .methods.delora import DeloraConfig as DeloraConfig
@@ -56,10 +58,11 @@ from .methods.loha import LoHaConfig as LoHaConfig
 from .methods.lokr import LoKrConfig as LoKrConfig
 from .methods.lora import LoraConfig as LoraConfig
 from .methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
+from .methods.miss import MissConfig as MissConfig
 from .methods.oft import OFTConfig as OFTConfig
 from .methods.osf import OSFConfig as OSFConfig
-from .methods.road import RoadConfig as RoadConfig
 from .methods.peanut import PeanutConfig as PeanutConfig
+from .methods.road import RoadConfig as RoadConfig
 from .methods.shira import ShiraConfig as ShiraConfig
 from .methods.supertuning import SupertuningConfig as SupertuningConfig
 from .methods.trainable_tokens import TrainableTokensConfig as TrainableTokensConfig
