@@ -108,7 +108,7 @@ def test_lokr_with_a_whole_w2_on_conv1d(tmp_path: Path) -> None:
     config = peft.LoKrConfig(r=8, alpha=80, target_modules=["line"])
     theirs = peft.get_peft_model(build(), config)
     jitter(theirs)
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(str(tmp_path))
     ours = inlay.PeftModel.from_pretrained(build(), tmp_path)
     w1, w2 = (load_file(tmp_path / WEIGHTS)[f"base_model.model.line.lokr_{name}"] for name in ("w1", "w2"))
     expected = build()

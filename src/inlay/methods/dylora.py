@@ -103,5 +103,5 @@ class DyLoraConfig(Drawn):
         if self.last_only:
             a = torch.where((block == last).unsqueeze(-1), a, a.detach())
             b = torch.where(block == last, b, b.detach())
-        scale = (block <= last) * (count / (last + 1))
-        return a * scale.to(a.dtype).unsqueeze(-1), b
+        scale = (block <= last) * (count / (last + 1).to(a.dtype))
+        return a * scale.unsqueeze(-1), b

@@ -132,6 +132,10 @@ class Lycoris(Additive):
     def scaling(self) -> float:
         return self.alpha / self.r
 
+    @property
+    def never_identity(self) -> str:
+        return "" if self.init_weights else "it starts from noise"
+
     def decomposes(self, frame: Frame) -> bool:
         return self.use_effective_conv2d and frame.decomposes
 
