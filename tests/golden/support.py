@@ -119,10 +119,10 @@ def merged(model: Any, example: dict[str, Tensor]) -> Tensor:
         model.unmerge_adapter()
 
 
-def train(model: nn.Module, example: dict[str, Tensor], steps: int = 5) -> list[float]:
+def train(model: nn.Module, example: dict[str, Tensor], steps: int = 5, rate: float = 0.05) -> list[float]:
     """Steps of plain gradient descent, which hides no factor as an adaptive optimiser would."""
     model.train()
-    optimizer = torch.optim.SGD([q for q in model.parameters() if q.requires_grad], lr=0.05)
+    optimizer = torch.optim.SGD([q for q in model.parameters() if q.requires_grad], lr=rate)
     losses = []
     for _ in range(steps):
         found = model(**example)
@@ -135,7 +135,7 @@ def train(model: nn.Module, example: dict[str, Tensor], steps: int = 5) -> list[
     return losses
 
 
-def same_steps(name: str, method: str, folder: Path, **options: Any) -> None:
+def same_steps(name: str, method: str, folder: Path, *, rate: float = 0.05, **options: Any) -> None:
     """From one file of the real library, after the same steps, both have the same losses and outputs."""
     build, example = MODELS[name]
     theirs = peft.get_peft_model(build(), getattr(peft, method)(**options))
@@ -143,7 +143,7 @@ def same_steps(name: str, method: str, folder: Path, **options: Any) -> None:
     theirs.save_pretrained(folder)
     ours = inlay.PeftModel.from_pretrained(build(), folder, is_trainable=True)
     start = outputs(theirs, example())
-    its, mine = train(theirs, example()), train(ours, example())
+    its, mine = train(theirs, example(), rate=rate), train(ours, example(), rate=rate)
     assert mine == pytest.approx(its, rel=1e-5)
     close(outputs(ours, example()), outputs(theirs, example()))
     assert not torch.allclose(outputs(ours, example()), start, atol=1e-4), "nothing was learned"

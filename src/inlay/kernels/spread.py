@@ -59,12 +59,14 @@ class _LinearPlusSpread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, *values = ctx.saved_tensors
+        x, w, *rest = ctx.saved_tensors
+        values = tuple(rest)
         rows = rows_of(g, g.dtype)
         again = torch.is_grad_enabled()
         dx, found = None, (None,) * len(values)
         if ctx.needs_input_grad[0]:
-            dx = (rows @ _made(w, ctx.scale, ctx.spread, values)).view(*g.shape[:-1], -1)
+            dx = rows @ _made(w, ctx.scale, ctx.spread, values)
+            dx = dx.view(*g.shape[:-1], dx.shape[-1])
         if x is not None:
             if ctx.gather is not None and not again:
                 found = tuple(t.mul_(ctx.scale) for t in ctx.gather(rows, rows_of(x, x.dtype), *values))
@@ -73,10 +75,10 @@ class _LinearPlusSpread(torch.autograd.Function):
         return dx, None, None, None, None, None, *found
 
 
-def _through_autograd(ctx: Any, dw: Tensor, values: list[Tensor], again: bool) -> tuple[Tensor | None, ...]:
+def _through_autograd(ctx: Any, dw: Tensor, values: tuple[Tensor, ...], again: bool) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[6:]
     with torch.enable_grad():
-        leaves = values if again else [v.detach().requires_grad_(need) for v, need in zip(values, wanted, strict=True)]
+        leaves = values if again else tuple(v.detach().requires_grad_(n) for v, n in zip(values, wanted, strict=True))
         delta = ctx.spread(*leaves)
         found = torch.autograd.grad(delta, [v for v, need in zip(leaves, wanted, strict=True) if need], dw * ctx.scale, create_graph=again)
     gradients = iter(found)
