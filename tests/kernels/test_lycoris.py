@@ -23,12 +23,12 @@ LAYERS: dict[str, Layer] = {
     # Of low rank r^2 = 4, and of no lower rank than the weight.
     "loha": (
         [(OUT, 2), (2, IN), (OUT, 2), (2, IN)],
-        lambda x, w, bias, *q: linear_plus_hadamard(x, w, bias, *q, SCALE, 0.0),
+        lambda x, w, bias, a1, b1, a2, b2: linear_plus_hadamard(x, w, bias, a1, b1, a2, b2, SCALE, 0.0),
         hadamard,
     ),
     "loha-wide": (
         [(OUT, 5), (5, IN), (OUT, 5), (5, IN)],
-        lambda x, w, bias, *q: linear_plus_hadamard(x, w, bias, *q, SCALE, 0.0),
+        lambda x, w, bias, a1, b1, a2, b2: linear_plus_hadamard(x, w, bias, a1, b1, a2, b2, SCALE, 0.0),
         hadamard,
     ),
     "lokr": (

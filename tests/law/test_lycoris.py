@@ -306,7 +306,7 @@ def test_bad_options(method: Any, options: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize("method", ["DYLORA", "FULL", "LOCON"])
 def test_methods_of_ours_go_to_files_and_back(method: str, tmp_path: Any) -> None:
     options = {"r": 2, "rank_pattern": {"1": 1}} if method != "FULL" else {}
-    cls = inlay.PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    cls: Any = inlay.PEFT_TYPE_TO_CONFIG_MAPPING[method]
     model = inlay.get_peft_model(Twice(), cls(target_modules=["0", "1"], **options))
     for q in model.parameters():
         q.data += torch.randn_like(q) * q.requires_grad
