@@ -12,7 +12,7 @@ from torch import nn
 
 from .core.attach import activate, attach, detach
 from .core.config import PeftConfig
-from .core.inlaid import places, session_of
+from .core.inlaid import adapters_of, places, session_of
 from .core.method import METHODS, Method
 from .core.session import Session
 from .operations import merge as merging
@@ -80,7 +80,16 @@ class BaseTuner(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-            return getattr(self.model, name)
+            return getattr(self.model, name) if (called := self._of_a_method(name)) is None else called
+
+    def _of_a_method(self, name: str) -> Any:
+        """What a method lets users call on the model (`Method.on_model`), with the layers of the adapter in front."""
+        session = session_of(self.model)
+        for adapter in () if session is None else session.active:
+            config = session.configs[adapter]
+            if name in getattr(config, "on_model", ()):
+                return lambda *args, **kwargs: getattr(config, name)(adapters_of(self.model, adapter), *args, **kwargs)
+        return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

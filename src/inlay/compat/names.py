@@ -164,7 +164,7 @@ def _table(_: str, name: str) -> Any:
     }
     for peft_type, cls in METHODS.items():
         key = f"TRANSFORMERS_MODELS_TO_{peft_type.replace('_', '')}_TARGET_MODULES_MAPPING"
-        tables[key] = lambda cls=cls: cls().default_targets()
+        tables[key] = lambda cls=cls: cls(**next(iter(cls.examples.values()))).default_targets()
     return tables[name]() if name in tables else None
 
 

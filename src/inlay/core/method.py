@@ -163,6 +163,8 @@ class Method(PeftConfig):
     examples: ClassVar[dict[str, dict[str, Any]]] = {"": {}}
     # Arguments of the model's call that are the method's and not the base's.
     takes: ClassVar[tuple[str, ...]] = ()
+    # Methods of the configuration that users call as `model.base_model.<name>(...)`; the adapters go in front of the arguments.
+    on_model: ClassVar[tuple[str, ...]] = ()
     ours: ClassVar[frozenset[str]] = frozenset(
         {"target_parameters", "trainable_token_indices", "ensure_weight_tying", "overrides", "seed", "bias"}
     )

@@ -184,7 +184,8 @@ def write_adapter(
     Raises:
         ValueError: a tensor is empty, as the shards of a distributed model are that were not gathered.
     """
-    empty = [k for k, t in tensors.items() if t.numel() == 0]
+    # A flat tensor of no numbers is what a sharded model leaves in a parameter's place; factors of rank 0 are matrices.
+    empty = [k for k, t in tensors.items() if t.numel() == 0 and t.ndim < 2]
     if empty:
         raise ValueError(f"{len(empty)} tensors to save are empty, such as {empty[0]!r}: gather the shards of the model before saving.")
     plain = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}

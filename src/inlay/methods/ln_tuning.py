@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.config import PeftType
-from ..core.method import Method, Param, register
-from ..core.site import Site
+from ..core.method import Method, Param, add, full, meet, register
+from ..core.site import Linear, Site
+from ..core.targets import architecture
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.inlaid import Adapter, Inner
 
 _BLOCK = "input_layernorm post_attention_layernorm"
 _GEMMA = f"{_BLOCK} pre_feedforward_layernorm post_feedforward_layernorm norm"
@@ -23,7 +24,7 @@ _DEFAULTS = {
     "phi": "input_layernorm final_layernorm", "gemma": f"{_BLOCK} norm", "gemma2": _GEMMA, "gemma3_text": _GEMMA,
     "qwen2": "post_attention_layernorm", "qwen3": "post_attention_layernorm", "bert": "LayerNorm", "roberta": "LayerNorm",
     "distilbert": "sa_layer_norm output_layer_norm LayerNorm", "gpt_neox": f"{_BLOCK} final_layer_norm",
-    "opt": "self_attn_layer_norm final_layer_norm",
+    "opt": "self_attn_layer_norm final_layer_norm", "llava": f"multi_modal_projector {_BLOCK} norm embed_tokens lm_head",
 }  # fmt: skip
 
 
@@ -63,6 +64,11 @@ class LNTuningConfig(Method):
     def default_targets(self) -> dict[str, list[str] | str]:
         return {base: names.split() for base, names in _DEFAULTS.items()}
 
+    def prepare(self, base: nn.Module) -> None:
+        if self.target_modules is None and architecture(base) == "llava":
+            # The projector has no weight of its own; those of its two layers are meant.
+            self.target_modules = {"linear_1", "linear_2", *_DEFAULTS["llava"].split()} - {"multi_modal_projector"}
+
     def params(self, site: Site) -> dict[str, Param]:
         declared = {"ln_tuning_weight": Whole(("out", "in"), key="ln_tuning_layers.weight")}
         bias = site.bias()
@@ -79,3 +85,12 @@ class LNTuningConfig(Method):
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         own: Any = p._parameters
         return own["ln_tuning_weight"].to(w.dtype), own["ln_tuning_bias"].to(w.dtype) if "ln_tuning_bias" in own else b
+
+    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        if not isinstance(inner.site, Linear) or inner.dense is not None:
+            return super().around(p, inner, x)
+        # Someone may have put a forward of their own on the layer, which has to run.
+        w, b = inner.params()
+        new_w, new_b = self.fold(p, full(w), b)
+        x_, change = meet(x, new_w - w)
+        return add(inner(x), inner.site.apply(x_, change, None if b is None or new_b is None else new_b - b), 1.0)
