@@ -227,6 +227,14 @@ class Method(PeftConfig):
         """Tensors of `shared` that a file repeats at each layer: their name in the bank by their key behind the layer's name."""
         return {}
 
+    def written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a file holds in place of the adapter's tensors, by key."""
+        return tensors
+
+    def as_read(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The inverse of `written`."""
+        return tensors
+
     def at(self, path: str) -> Method:
         """The method as it is for the module of this name: patterns applied, and the variant that the options ask for."""
         return self.patterned(path).variant()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.config import nearest
 from ..core.inlaid import Adapter, Place, Retrained, host_of, places
-from ..core.method import LowRank, Param
+from ..core.method import LowRank, Method, Param
 from ..core.plan import Biases, Part
 from ..core.session import Session
 from ..core.site import Site
@@ -153,6 +153,9 @@ def adapter_tensors(
     session.check((name,))
     find = _finder(state_dict)
     found = {key_in_file(s, prefix): s.to_file(find(s)) for s in slots_of_model(model, name)}
+    config = session.configs[name]
+    if isinstance(config, Method):
+        found = config.written(found)
     found |= {prefix + k: t for k, t in _of_tied_ends(model, name).items()}
     for path, module in _embeddings_to_save(model, session, name, save_embedding_layers):
         adapted = any(isinstance(p, Place) and host_of(p) is module and name in p.adapters for p in places(model))
@@ -296,6 +299,9 @@ def compare(
     Returns:
         The pairs that fit, the tensors that belong to the base (embeddings that were saved along), and the report.
     """
+    method = next((s.holder.method for s in found if isinstance(s.holder, Adapter)), None)
+    if method is not None:
+        tensors = method.as_read(tensors)
     given = {_file_key(k): (k, t) for k, t in tensors.items()}
     report, pairs, used = LoadReport(), [], set()
     for slot in found:

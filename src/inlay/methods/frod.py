@@ -1,0 +1,212 @@
+"""FRoD: a weight as ``U diag(l) V'`` with V common to layers of one kind, retrained in l and a few entries beside it (AAAI 2026).
+
+``W' = U (diag(l) + S) V'``: V (``in x in``) comes from a joint decomposition of all weights of a kind, U has columns of length one,
+and S is sparse with places drawn at random (doi 10.1609/aaai.v40i31.39813). What is added to the weight is
+``U (diag(l - l0) + S) V'``, with l0 from the weight.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import PeftType
+from ..core.method import Method, Param, full, generator_for, normal, register, zeros
+from ..core.site import Site
+from ..kernels.spread import sampled, scattered
+from .banks import check_share
+from .spread import Spread
+
+if TYPE_CHECKING:
+    from ..core.inlaid import Adapter
+
+
+class Projections(nn.Module):
+    """V, the places of S and its size by kind of layer, and the kind of each layer."""
+
+    def __init__(self, kinds: dict[str, str]) -> None:
+        super().__init__()
+        self.kinds = kinds
+        self.frod_V, self.frod_s_indices, self.frod_s_size = nn.Module(), nn.Module(), nn.Module()
+
+    def of(self, path: str) -> tuple[Tensor, Tensor]:
+        """V, and the places ``(2, k)``."""
+        kind = self.kinds[path]
+        return getattr(self.frod_V, kind), getattr(self.frod_s_indices, kind)
+
+
+@register
+@dataclass
+class FrodConfig(Spread):
+    """Singular values and a few rotations in a basis that layers share.
+
+    Args:
+        projection_prng_key: seed of the places of S.
+        save_projection: write V and the places to the file; else they are found again from the base when the file is loaded.
+        frod_dropout: share of inputs that the update leaves out in training, in [0, 1).
+        fan_in_fan_out: for HF's signature; the layout of a layer is known from its type.
+        init_weights: start from the base; False adds normal numbers, for tests.
+        sparse_rate: the share of S that is trained.
+        regularization_alpha: what keeps the joint decomposition from inverting a singular matrix.
+        progressbar, runtime_offload_base_weight: for HF's signature and files.
+
+    Raises:
+        ValueError: the rate is no number in [0, 1], or the dropout no share.
+    """
+
+    peft_type: str | None = PeftType.FROD
+    projection_prng_key: int = field(default=0, metadata={"help": "Seed of the places of the sparse matrix."})
+    save_projection: bool = field(default=True, metadata={"help": "Write the shared basis to the file."})
+    frod_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
+    init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
+    sparse_rate: float = field(default=0.01, metadata={"help": "The share of the sparse matrix that is trained."})
+    regularization_alpha: float = field(default=1e-3, metadata={"help": "Regularisation of the joint decomposition."})
+    progressbar: bool = field(default=True, metadata={"help": "For HF's files."})
+    runtime_offload_base_weight: bool = field(default=False, metadata={"help": "For HF's files."})
+
+    prefix: ClassVar[str] = "frod_"
+    equation: ClassVar[str] = "U (diag(l) + S) V', where W = U diag(l0) V' and V is shared"
+    count_formula: ClassVar[str] = "in + sparse_rate * in^2"
+    examples: ClassVar[dict[str, dict[str, Any]]] = {
+        "": {"sparse_rate": 0.2}, "dropout": {"sparse_rate": 0.1, "frod_dropout": 0.3, "save_projection": False}
+    }  # fmt: skip
+    ours: ClassVar[frozenset[str]] = (Method.ours - {"bias"}) | {"exclude_modules"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("frod_dropout", self.frod_dropout)
+        if not 0 <= self.sparse_rate <= 1:
+            raise ValueError(f"`sparse_rate` should be a number from 0 to 1, not {self.sparse_rate!r}.")
+
+    @property
+    def dropout(self) -> float:
+        return self.frod_dropout
+
+    # -- the bank --
+    def shared(self, sites: Mapping[str, Site]) -> nn.Module:
+        kinds: dict[str, str] = {}
+        weights: dict[str, dict[int, list[Tensor]]] = {}
+        for i, (path, site) in enumerate(sites.items()):
+            w, kind = site.read()[0].detach(), _kind(path)
+            if kind in weights and next(iter(weights[kind].values()))[0].shape[-1] != w.shape[-1]:
+                kind = f"{kind}_{w.shape[-1]}"
+            kinds[path] = kind
+            # A stack of weights is as many weights of one kind.
+            weights.setdefault(kind, {})[_number(path, i)] = [m.float().cpu() for m in w.reshape(-1, *w.shape[-2:])]
+        bank, generator = Projections(kinds), torch.Generator().manual_seed(self.projection_prng_key)
+        for kind, by_layer in sorted(weights.items()):
+            v = _joint_basis([m for _, stack in sorted(by_layer.items()) for m in stack], self.regularization_alpha)
+            width = len(v)
+            found = {
+                "frod_V": v.to(next(s for p, s in sites.items() if kinds[p] == kind).dtype),
+                "frod_s_indices": self._places(width, generator),
+                "frod_s_size": torch.tensor([width, width]),
+            }
+            for name, tensor in found.items():
+                getattr(bank, name).register_buffer(kind, tensor, persistent=self.save_projection)
+        return bank
+
+    def _count(self, width: int) -> int:
+        beside = width * (width - 1)
+        return min(max(int(width * width * self.sparse_rate), 1), beside) if self.sparse_rate > 0 else 0
+
+    def _places(self, width: int, generator: torch.Generator) -> Tensor:
+        """Places beside the diagonal ``(2, k)``, drawn as HF peft draws them."""
+        count = self._count(width)
+        if not count:
+            return torch.empty(2, 0, dtype=torch.int64)
+        drawn = torch.randperm(width * (width - 1), generator=generator)[:count]
+        row, column = drawn // (width - 1), drawn % (width - 1)
+        return torch.stack((row, column + (column >= row)))
+
+    # -- the layers --
+    def params(self, site: Site) -> dict[str, Param]:
+        start = zeros if self.init_weights else normal(0.1)
+        return {
+            "frod_lambda_l": Param(("in",), start),
+            "frod_lambda_s_values": Param((self._count(site.size("in")),), start),
+            "frod_U": Param(("out", "in"), zeros, trainable=False, persistent=False),
+            "frod_l0": Param(("in",), zeros, trainable=False, persistent=False),
+        }
+
+    def derive(self, p: Adapter) -> None:
+        """``U diag(l0) = W inv(V')``."""
+        w, v = p.site.read()[0].detach().double(), p.shared.of(p.path)[0].to(p.site.device, torch.float64)
+        try:
+            scaled = torch.linalg.solve(v, w.mT).mT
+        except RuntimeError:
+            warnings.warn(f"{p.path!r}: the shared basis is singular; the update acts in the space that it spans.", stacklevel=2)
+            scaled = w @ torch.linalg.pinv(v, rtol=1e-6).mT
+        length = torch.linalg.vector_norm(scaled, dim=-2)
+        p.frod_l0.copy_(length)
+        p.frod_U.copy_(torch.where(length.unsqueeze(-2) > 1e-12, scaled / length.unsqueeze(-2), 0))
+
+    def start(self, p: Adapter) -> None:
+        drawn = torch.empty(p.frod_lambda_l.shape)
+        p.declared["frod_lambda_l"].init(drawn, generator_for(self.seed, p.path, "frod_lambda_l"))
+        p.frod_lambda_l.data.copy_(drawn.to(p.frod_l0) + p.frod_l0)
+
+    def values(self, p: Adapter) -> tuple[Tensor, ...]:
+        return p.frod_lambda_l, p.frod_lambda_s_values
+
+    def _flat(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """V, and the places as numbers in a flat matrix."""
+        v, places = p.shared.of(p.path)
+        return v.to(full(p.frod_U)), places[0] * len(v) + places[1]
+
+    def spread(self, p: Adapter, *values: Tensor) -> Tensor:
+        lengths, entries = map(full, values)
+        v, places = self._flat(p)
+        right = (lengths - full(p.frod_l0)).unsqueeze(-1) * v.mT
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or p.site.batch:
+            right = right + scattered(entries, places, (len(v), len(v))) @ v.mT
+        elif len(places):
+            # Without a gradient it need not be dense.
+            sparse = torch.sparse_coo_tensor(p.shared.of(p.path)[1], entries, (len(v), len(v)), check_invariants=False)
+            right = right + torch.sparse.mm(sparse, v.t())
+        return full(p.frod_U) @ right
+
+    def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        """Entries of ``U' g' x V``, from whichever side is shorter."""
+        v, places = self._flat(p)
+        u = full(p.frod_U)
+        left, right = (u.t() @ (g.t() @ x), v.t()) if len(u) < len(g) else ((g @ u).t().contiguous(), (x @ v).t().contiguous())
+        return (left * right).sum(-1), sampled(left, right, places) if len(places) else values[1].new_zeros(0)
+
+
+def _kind(path: str) -> str:
+    """What HF peft calls the layers that share a basis: the last two parts of their name."""
+    parts = path.split(".")
+    if len(parts) == 1 or parts[-2].isdigit():
+        return parts[-1]
+    if parts[-2:] == ["output", "dense"] and parts[-3:-2] == ["attention"]:
+        return "attention_output"
+    return "_".join(parts[-2:])
+
+
+def _number(path: str, otherwise: int) -> int:
+    """The number of a layer's block, by which its weight is sorted. Of two with the same, the later one counts, as in HF peft."""
+    parts = path.split(".")
+    if "layers" in parts[:-1] and (after := parts[parts.index("layers") + 1]).isdigit():
+        return int(after)
+    return next((int(part) for part in parts if part.isdigit()), otherwise)
+
+
+def _joint_basis(matrices: Sequence[Tensor], alpha: float) -> Tensor:
+    """A basis of the rows of all matrices in which their Gram matrices are as near to diagonal as one basis can make them: the
+    higher-order generalised singular value decomposition."""
+    stacked = torch.cat(list(matrices))
+    if len(stacked) < stacked.shape[1]:
+        return torch.linalg.svd(stacked, full_matrices=True)[2].mT
+    q, r = torch.linalg.qr(stacked)
+    eye = torch.eye(len(r))
+    mean = torch.zeros_like(r)
+    for part in q.split([len(m) for m in matrices]):
+        mean += torch.linalg.inv(part.mT @ part + alpha * eye)
+    return r.mT @ torch.linalg.eigh(mean / len(matrices))[1]

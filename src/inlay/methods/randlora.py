@@ -1,0 +1,150 @@
+"""RandLoRA: an update of full rank from frozen random bases with trained gains (Albert et al. 2025, arXiv 2502.00987).
+
+``W + s sum_n B_n diag(lambda_n) A diag(gamma_n)``: as many bases as it takes for the full rank, all layers with the same ones. The
+longer side of a weight goes with B, so a weight that is higher than wide takes the sum as it is, and any other its transpose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import PeftType
+from ..core.method import Method, Param, constant, full, normal, register, zeros
+from ..core.site import Site
+from .banks import check_positive, check_share, widest
+from .spread import Spread
+
+if TYPE_CHECKING:
+    from ..core.inlaid import Adapter
+
+
+@register
+@dataclass
+class RandLoraConfig(Spread):
+    """Gains on random bases that together have full rank.
+
+    Args:
+        r: rank of each basis; there are ``ceil(min(in, out) / r)``, so a smaller rank trains more numbers.
+        projection_prng_key: seed of the bases.
+        save_projection: write the bases to the file; else they are drawn again from their seed when the file is loaded.
+        sparse: bases of -1, 0 and 1, of which two thirds are 0.
+        very_sparse: bases of -1, 0 and 1, of which all but one in ``sqrt(min(in, out))`` are 0.
+        randlora_dropout: share of inputs that the update leaves out in training, in [0, 1).
+        fan_in_fan_out: for HF's signature; the layout of a layer is known from its type.
+        randlora_alpha: the update is scaled by ``randlora_alpha / r``.
+        init_weights: start from the base; False starts from normal numbers, for tests.
+
+    Raises:
+        ValueError: the rank is no positive integer, or the dropout no share.
+    """
+
+    peft_type: str | None = PeftType.RANDLORA
+    r: int = field(default=32, metadata={"help": "Rank of each basis."})
+    projection_prng_key: int = field(default=0, metadata={"help": "Seed of the random bases."})
+    save_projection: bool = field(default=True, metadata={"help": "Write the random bases to the file."})
+    sparse: bool = field(default=False, metadata={"help": "Bases of -1, 0 and 1, two thirds of them 0."})
+    very_sparse: bool = field(default=False, metadata={"help": "Bases of -1, 0 and 1, almost all of them 0."})
+    randlora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
+    randlora_alpha: int = field(default=640, metadata={"help": "The update is scaled by randlora_alpha / r."})
+    init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
+
+    prefix: ClassVar[str] = "randlora_"
+    paper: ClassVar[str] = "2502.00987"
+    equation: ClassVar[str] = "W + s sum_n B_n diag(lambda_n) A diag(gamma_n), with B_n and A frozen and shared"
+    count_formula: ClassVar[str] = "min(in, out) * (1 + min(in, out) / r)"
+    examples: ClassVar[dict[str, dict[str, Any]]] = {
+        "": {"r": 4, "randlora_alpha": 8},
+        "sparse": {"r": 3, "randlora_alpha": 6, "sparse": True, "projection_prng_key": 2},
+        "dropout": {"r": 2, "randlora_alpha": 4, "randlora_dropout": 0.3, "save_projection": False},
+    }
+    ours: ClassVar[frozenset[str]] = (Method.ours - {"bias"}) | {"exclude_modules"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(r=self.r)
+        check_share("randlora_dropout", self.randlora_dropout)
+
+    @property
+    def dropout(self) -> float:
+        return self.randlora_dropout
+
+    # -- the bank --
+    def shared(self, sites: Mapping[str, Site]) -> nn.Module:
+        """A for the widest short side ``(r, 1, min)``, B for the widest long side ``(max, bases, r)``."""
+        sizes = widest(sites.values())
+        generator = torch.Generator().manual_seed(self.projection_prng_key)
+        if self.very_sparse or self.sparse:
+            density = 1 / (math.sqrt(min(sizes)) if self.very_sparse else 3)
+            a = _signs((self.r, 1, min(sizes)), density, generator)
+            b = _signs((max(sizes), self._bases(min(sizes)), self.r), density, generator)
+        else:
+            a = _uniform((self.r, 1, min(sizes)), generator)
+            b = torch.cat([_uniform((max(sizes), 1, self.r), generator) for _ in range(self._bases(min(sizes)))], 1)
+        bank = nn.Module()
+        for name, basis in {"randlora_A": a, "randlora_B": b}.items():
+            deviation = basis.std() if basis.numel() > 1 else basis.new_zeros(())
+            bank.register_buffer(name, basis / deviation if deviation > 0 else basis, persistent=self.save_projection)
+        return bank
+
+    def _bases(self, short: int) -> int:
+        return -(-short // self.r)
+
+    def _corners(self, p: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A ``(r, 1, short)`` and B ``(long, bases * r)``.
+
+        The columns of B go basis by basis and the rows of the sum's right side gain by gain; so HF pairs them, and any pairing of
+        random numbers is as good.
+        """
+        short, long = sorted((p.site.size("out"), p.site.size("in")))
+        a, b = p.shared.randlora_A[:, :, :short], p.shared.randlora_B[:long, : self._bases(short)]
+        return a.to(dtype), b.flatten(1).to(dtype)
+
+    # -- the layers --
+    def params(self, site: Site) -> dict[str, Param]:
+        short, long = sorted((site.size("out"), site.size("in")))
+        bases = self._bases(short)
+        start = (zeros, constant(1 / max(bases, short))) if self.init_weights else (normal(), constant(1 / long))
+        return {"randlora_lambda": Param((self.r, bases), start[0]), "randlora_gamma": Param((bases, short), start[1])}
+
+    @property
+    def scaling(self) -> float:
+        return self.randlora_alpha / self.r
+
+    def values(self, p: Adapter) -> tuple[Tensor, ...]:
+        return p.randlora_lambda, p.randlora_gamma
+
+    def spread(self, p: Adapter, *values: Tensor) -> Tensor:
+        lambda_, gamma = map(full, values)
+        a, b = self._corners(p, lambda_.dtype)
+        right = (self.scaling * lambda_.unsqueeze(-1) * a * gamma.unsqueeze(-3)).flatten(-3, -2)
+        return b @ right if p.site.size("in") <= p.site.size("out") else right.mT @ b.mT
+
+    def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        lambda_, gamma = values
+        a, b = self._corners(p, lambda_.dtype)
+        tall = p.site.size("in") <= p.site.size("out")
+        # The gradient of the product's right side.
+        right = (b.t() @ (g.t() @ x) if tall else b.t() @ (x.t() @ g)).view(*lambda_.shape, -1).mul_(a)
+        return (
+            torch.einsum("knj,nj->kn", right, gamma).mul_(self.scaling),
+            torch.einsum("knj,kn->nj", right, lambda_).mul_(self.scaling),
+        )
+
+
+def _uniform(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """Drawn in bfloat16, as HF peft does, whose files hold these numbers."""
+    bound = 1 / math.sqrt(shape[1] * shape[2])
+    return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
+
+
+def _signs(shape: tuple[int, int, int], density: float, generator: torch.Generator) -> Tensor:
+    """-1 and 1 with half of the density each (Li et al., Very Sparse Random Projections, KDD 2006)."""
+    drawn = torch.rand(shape, generator=generator)
+    return (drawn > 1 - density / 2).float() - (drawn < density / 2).float()
