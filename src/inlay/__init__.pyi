@@ -54,6 +54,8 @@ from .methods.dylora import DyLoraConfig as DyLoraConfig
 from .methods.fourierft import FourierFTConfig as FourierFTConfig
 from .methods.frod import FrodConfig as FrodConfig
 from .methods.full import FullConfig as FullConfig
+from .methods.glora import GloraConfig as GloraConfig
+from .methods.gralora import GraloraConfig as GraloraConfig
 from .methods.hira import HiraConfig as HiraConfig
 from .methods.hra import HRAConfig as HRAConfig
 from .methods.ia3 import IA3Config as IA3Config
@@ -71,6 +73,7 @@ from .methods.monteclora import MontecloraTrainerMixin as MontecloraTrainerMixin
 from .methods.oft import OFTConfig as OFTConfig
 from .methods.osf import OSFConfig as OSFConfig
 from .methods.peanut import PeanutConfig as PeanutConfig
+from .methods.psoft import PsoftConfig as PsoftConfig
 from .methods.pvera import PveraConfig as PveraConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.poly import PolyConfig as PolyConfig

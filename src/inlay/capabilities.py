@@ -174,14 +174,14 @@ def _on_inputs(cls: type[PeftConfig]) -> dict[str, Any]:
 def _on_weights(cls: type[Method]) -> dict[str, Any]:
     method = example(cls)
     modules = cls.site_of is not Method.site_of
-    merges = not cls.unmergeable and cls.fold is not Method.fold
+    merges = not method.unmergeable and cls.fold is not Method.fold
     refused = {} if modules else {name: why for name, build in HOSTS.items() if (why := method.refuses(build())) is not None}
     count, shared = (None, 0) if modules else _counts(cls)
     return {
         "equation": cls.equation,
         "kind": _kind(cls, modules),
         "merges": merges,
-        "why_not": cls.unmergeable if not merges else "",
+        "why_not": method.unmergeable if not merges else "",
         "to_lora": "exact" if issubclass(cls, LowRank) and merges else "svd" if merges else "",
         "reads_weight": not modules and _reads_weight(method, refused),
         "mixes": True,

@@ -14,7 +14,8 @@ from typing import Any
 
 _MODULES = """
 peft peft.auto peft.config peft.functional peft.helpers peft.import_utils peft.mapping peft.mapping_func peft.mixed_model
-peft.peft_model peft.tuners peft.tuners.lora.corda peft.tuners.lora.eva peft.tuners.lora.loraga peft.tuners.tuners_utils
+peft.optimizers peft.optimizers.lorafa peft.optimizers.loraplus peft.optimizers.riemannian peft.peft_model peft.tuners
+peft.tuners.lora.corda peft.tuners.lora.eva peft.tuners.lora.loraga peft.tuners.tuners_utils
 peft.utils peft.utils.constants peft.utils.error peft.utils.hotswap peft.utils.loftq_utils peft.utils.other
 peft.utils.peft_types peft.utils.save_and_load peft.utils.transformers_weight_conversion peft.utils.warning
 """
@@ -50,6 +51,12 @@ _HOMES = {
     ),
     "inlay.compat.loading": "build_peft_weight_mapping",
     "inlay.methods.lokr": "factorization",
+    "inlay.optimizers": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
+    "inlay.methods.arrow": "ArrowConfig create_arrow_model",
+    "inlay.methods.bdlora": "BdLoraConfig",
+    "inlay.methods.kasa": "KasaConfig",
+    "inlay.methods.monteclora": "MontecloraConfig MontecloraTrainerMixin",
+    "inlay.methods.velora": "VeloraConfig",
     "inlay.compat.hotswap": (
         "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap"
     ),

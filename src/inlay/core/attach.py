@@ -57,9 +57,11 @@ def attach(
     """
     session = session_of(model)
     check_name(name, session)
-    session = session or Session()
     undo = config.rebuild(model) if isinstance(config, Method) else None
     try:
+        # What was changed may be that other adapters have been set in.
+        session = session_of(model) or Session()
+        check_name(name, session)
         plan = Plan(model, config, low_cpu_mem_usage or fill is not None, autocast_adapter_dtype)
         parts = plan.parts(only)
         if fill is not None:

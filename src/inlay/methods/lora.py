@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -13,12 +15,56 @@ from .. import initializers
 from ..core.config import PeftType
 from ..core.inlaid import Adapter
 from ..core.method import Init, LowRank, Method, Param, normal, register, zeros
-from ..core.site import Embedding, Site, _AnyConv
+from ..core.site import Embedding, Linear, Site, TransposedLinear, _AnyConv
 from ..initializers.plain import gaussian, orthogonal, uniform
 
 
 def _help(text: str) -> dict[str, Any]:
     return {"help": text}
+
+
+# The class that carries the mathematics of a variant, by the options that ask for it.
+VARIANTS: dict[tuple[str, ...], str] = {
+    (): "",
+    ("use_dora",): "dora:Dora",
+    ("use_qalora",): "qalora:QALora",
+    ("use_dora", "use_qalora"): "qalora:DoraQALora",
+    ("use_bdlora",): "bdlora:BdLora",
+    ("use_bdlora", "use_dora"): "bdlora:DoraBdLora",
+    ("alora_invocation_tokens",): "alora:ALora",
+    ("velora_config",): "velora:Velora",
+    ("kasa_config",): "kasa:Kasa",
+    ("monteclora_config",): "monteclora:Monteclora",
+    ("arrow_config",): "arrow:Arrow",
+}
+SUBCONFIGS = {
+    "use_bdlora": "bdlora:BdLoraConfig",
+    "velora_config": "velora:VeloraConfig",
+    "kasa_config": "kasa:KasaConfig",
+    "monteclora_config": "monteclora:MontecloraConfig",
+    "arrow_config": "arrow:ArrowConfig",
+}
+# Variants whose trained tensors are not the plain factors A and B, or not alone.
+OWN_FACTORS = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config")
+
+
+def _found(where: str) -> Any:
+    module, name = where.split(":")
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+
+
+def _subconfig(name: str, cls: type[Any], value: Any) -> Any:
+    """A variant's options, which are a dictionary in a file."""
+    if isinstance(value, dict):
+        return cls(**{f.name: value[f.name] for f in fields(cls) if f.init and f.name in value})
+    if isinstance(value, cls):
+        return value
+    raise TypeError(f"`{name}` must be a {cls.__name__}, a dict or None, not a {type(value).__name__}.")
+
+
+def is_linear(site: Site) -> bool:
+    """Whether a site multiplies the last axis of its input."""
+    return isinstance(site, (Linear, TransposedLinear)) and not isinstance(site, Embedding)
 
 
 @dataclass
@@ -53,13 +99,20 @@ class LoraConfig(LowRank):
         rank_pattern, alpha_pattern: other ranks and alphas by pattern of module names.
         use_dora: weight decomposition (see `Dora`).
         lora_bias: a bias in B.
-        alora_invocation_tokens, velora_config, use_qalora,
-            qalora_group_size, monteclora_config, layer_replication, use_bdlora, arrow_config, kasa_config, megatron_config,
-            megatron_core, runtime_config: for HF's signature and files; a value that asks for a variant that is not here yet
-            is refused by name.
+        alora_invocation_tokens: act only from the last occurrence of these tokens on (see `ALora`).
+        use_qalora, qalora_group_size: inputs in groups of this size have one column of A (see `QALora`).
+        use_bdlora: a block-diagonal factor (see `BdLora`).
+        velora_config: keep compressed inputs for the backward pass (see `Velora`).
+        kasa_config: leave out the weight's smallest singular components (see `Kasa`).
+        monteclora_config: draw A anew in each training step (see `Monteclora`).
+        arrow_config: route each token to the adapters that fit it (see `Arrow`).
+        layer_replication: ranges of blocks ``[start, end)``; the base is run through them in this order, each with adapters of its own.
+        megatron_config, megatron_core: for HF's signature and files.
+        runtime_config: options of this session.
 
     Raises:
         ValueError: the rank is no positive integer, an option is unknown, or options contradict each other.
+        TypeError: options of a variant are given as something that they cannot be made of.
     """
 
     peft_type: str | None = PeftType.LORA
@@ -78,19 +131,19 @@ class LoraConfig(LowRank):
     corda_config: Any = field(default=None, metadata=_help("Options of init_lora_weights=corda."))
     lora_ga_config: Any = field(default=None, metadata=_help("Options of init_lora_weights=lora_ga."))
     use_dora: bool = field(default=False, metadata=_help("Weight decomposition: train the rows' magnitudes apart."))
-    velora_config: Any = field(default=None, metadata=_help("For HF's files."))
-    alora_invocation_tokens: list[int] | None = field(default=None, metadata=_help("For HF's files."))
-    use_qalora: bool = field(default=False, metadata=_help("For HF's files."))
-    qalora_group_size: int = field(default=16, metadata=_help("For HF's files."))
-    monteclora_config: Any = field(default=None, metadata=_help("For HF's files."))
-    layer_replication: list[tuple[int, int]] | None = field(default=None, metadata=_help("For HF's files."))
+    velora_config: Any = field(default=None, metadata=_help("Keep compressed inputs for the backward pass."))
+    alora_invocation_tokens: list[int] | None = field(default=None, metadata=_help("Act from the last occurrence of these tokens on."))
+    use_qalora: bool = field(default=False, metadata=_help("One column of A for a group of inputs."))
+    qalora_group_size: int = field(default=16, metadata=_help("Inputs in a group of use_qalora."))
+    monteclora_config: Any = field(default=None, metadata=_help("Draw A anew in each training step."))
+    layer_replication: list[tuple[int, int]] | None = field(default=None, metadata=_help("Ranges of blocks through which the base is run."))
     runtime_config: LoraRuntimeConfig = field(
         default_factory=LoraRuntimeConfig, metadata=_help("Options of this session.") | {"in_file": False}
     )
     lora_bias: bool = field(default=False, metadata=_help("A bias in B."))
-    use_bdlora: Any = field(default=None, metadata=_help("For HF's files."))
-    arrow_config: Any = field(default=None, metadata=_help("For HF's files."))
-    kasa_config: Any = field(default=None, metadata=_help("For HF's files."))
+    use_bdlora: Any = field(default=None, metadata=_help("A block-diagonal factor."))
+    arrow_config: Any = field(default=None, metadata=_help("Route each token to the adapters that fit it."))
+    kasa_config: Any = field(default=None, metadata=_help("Leave out the weight's smallest singular components."))
 
     prefix: ClassVar[str] = "lora_"
     paper: ClassVar[str] = "arXiv 2106.09685"
@@ -109,14 +162,19 @@ class LoraConfig(LowRank):
         "pissa": {"r": 4, "lora_alpha": 6, "init_lora_weights": "pissa"},
         "pissa-dora": {"r": 4, "lora_alpha": 6, "init_lora_weights": "pissa", "use_dora": True},
         "mica": {"r": 4, "init_lora_weights": "mica"},
+        "qalora": {"r": 4, "use_qalora": True, "qalora_group_size": 2, "lora_dropout": 0.0},
+        "qalora-dora": {"r": 4, "use_qalora": True, "qalora_group_size": 2, "use_dora": True},
+        "bdlora-a": {"r": 4, "use_bdlora": {"target_modules_bd_a": [""], "nblocks": 2}},
+        "bdlora-b": {"r": 4, "use_bdlora": {"target_modules_bd_b": [""], "nblocks": 2}},
+        "bdlora-dora": {"r": 4, "use_bdlora": {"target_modules_bd_b": [""], "nblocks": 2}, "use_dora": True},
+        "velora": {"r": 4, "velora_config": {"num_groups": 3}},
+        "velora-dropout": {"r": 4, "velora_config": {"num_groups": 3}, "lora_dropout": 0.3},
+        "kasa": {"r": 4, "lora_alpha": 6, "kasa_config": {}},
+        "kasa-dropout": {"r": 2, "kasa_config": {}, "lora_dropout": 0.3},
         "loftq": {"r": 2, "lora_alpha": 3, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
     }
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     ours: ClassVar[frozenset[str]] = frozenset({"overrides", "seed"})
-    absent: ClassVar[tuple[str, ...]] = (
-        "alora_invocation_tokens", "velora_config", "use_qalora", "monteclora_config", "layer_replication", "use_bdlora",
-        "arrow_config", "kasa_config",
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,9 +190,7 @@ class LoraConfig(LowRank):
         initializers.check(self)
         if self.init_lora_weights == "orthogonal" and self.r % 2:
             raise ValueError(f"init_lora_weights='orthogonal' splits the rank in two halves; r={self.r} is odd.")
-        for name in self.absent:
-            if getattr(self, name):
-                raise ValueError(f"LoRA with `{name}` is not available; leave the option at its default.")
+        self._check_variant()
         if self.use_dora and self.lora_bias:
             raise ValueError("`lora_bias` cannot be combined with `use_dora`: the bias is outside the decomposition.")
 
@@ -146,17 +202,60 @@ class LoraConfig(LowRank):
     def dropout(self) -> float:
         return self.lora_dropout
 
-    def variant(self) -> Method:
-        from .dora import Dora
+    def _check_variant(self) -> None:
+        """Bring the options of the variants into shape.
 
-        return self.become(Dora) if self.use_dora else self
+        Raises:
+            ValueError: variants that exclude each other are asked for, or one that does not go with the other options.
+            TypeError: a variant's options are given as something that they cannot be made of.
+        """
+        for name, where in SUBCONFIGS.items():
+            value = getattr(self, name)
+            if value is not None and value is not False:
+                setattr(self, name, _subconfig(name, _found(where), value))
+        asked = self._asked
+        if asked not in VARIANTS:
+            shown = " and ".join(f"`{name}`" for name in asked)
+            raise ValueError(f"{shown} cannot be combined: each says in its own way how the update acts. Leave all but one at its default.")
+        if self.use_qalora and self.qalora_group_size < 1:
+            raise ValueError(f"`qalora_group_size` should be a positive integer, not {self.qalora_group_size!r}.")
+        own = [name for name in asked if name in OWN_FACTORS]
+        if own and self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} starts plain factors A and B, and `{own[0]}` has others; "
+                "use True or 'gaussian'."
+            )
+        if self.alora_invocation_tokens and self.task_type not in (None, "CAUSAL_LM"):
+            warnings.warn("aLoRA is meant for task_type='CAUSAL_LM': its invocation is looked for in the tokens of a text.", stacklevel=4)
+
+    @property
+    def _asked(self) -> tuple[str, ...]:
+        """The variants that the options ask for."""
+        return tuple(sorted({name for names in VARIANTS for name in names if getattr(self, name)}))
+
+    def variant(self) -> Method:
+        where = VARIANTS[self._asked]
+        return self.become(_found(where)) if where else self
 
     @property
     def never_identity(self) -> str:
-        return initializers.never_identity(self)
+        chosen = self.variant()
+        return initializers.never_identity(self) if type(chosen).never_identity is type(self).never_identity else chosen.never_identity
 
     def at(self, path: str) -> Method:
-        return initializers.initialized(super().at(path))
+        found = super().at(path)
+        return initializers.initialized(found.seated(path) if isinstance(found, LoraConfig) else found)
+
+    def seated(self, path: str) -> Method:
+        """The variant as it is for the module of this name."""
+        return self
+
+    def rebuild(self, base: nn.Module) -> Callable[[], None] | None:
+        if not self.layer_replication:
+            return None
+        from ..operations.replicate import replicate
+
+        return replicate(base, self.layer_replication)
 
     def shared(self, sites: Mapping[str, Site]) -> nn.Module | None:
         return initializers.starts(self, sites)
@@ -179,15 +278,24 @@ class LoraConfig(LowRank):
 
     def params(self, site: Site) -> dict[str, Param]:
         a, b = self.names(site)
-        end = "" if isinstance(site, Embedding) else ".weight"
-        groups = getattr(site.module, "groups", 1) if isinstance(site, _AnyConv) else 1
-        r = self.r // groups
-        init_a, init_b = self._inits(site)
-        declared = {a: Param((r, "in"), init_a, a + end), b: Param(("out", r), init_b, b + end)}
+        declared = {a: self._in_a(site, "in"), b: self._in_b(site, self._rank(site))}
         if self.lora_bias:
             start = zeros if self.init_lora_weights else normal(site.size("channel") ** -0.5)
             declared["lora_B_bias"] = Param(("channel",), start, "lora_B.bias")
         return declared
+
+    def _rank(self, site: Site) -> int:
+        return self.r // (getattr(site.module, "groups", 1) if isinstance(site, _AnyConv) else 1)
+
+    def _in_a(self, site: Site, columns: str | int) -> Param:
+        """A, with as many columns."""
+        name, end = self.names(site)[0], "" if isinstance(site, Embedding) else ".weight"
+        return Param((self._rank(site), columns), self._inits(site)[0], name + end)
+
+    def _in_b(self, site: Site, columns: int) -> Param:
+        """B, with as many columns."""
+        name, end = self.names(site)[1], "" if isinstance(site, Embedding) else ".weight"
+        return Param(("out", columns), self._inits(site)[1], name + end)
 
     def _inits(self, site: Site) -> tuple[Init, Init]:
         init = self.init_lora_weights

@@ -78,8 +78,12 @@ def unload(model: nn.Module, session: Session, keep_merged: bool) -> nn.Module:
     for q in session.frozen:
         q.requires_grad_(True)
     session.configs.clear()
-    drop_choices(model)
     model.__dict__.pop("_inlay_session", None)
+    if not keep_merged:
+        for undo in session.undo.values():
+            undo()
+    session.undo.clear()
+    drop_choices(model)
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         model.__dict__.pop(attribute, None)
     config: Any = getattr(model, "config", None)
