@@ -71,7 +71,8 @@ def test_osf_is_unmerged_to_the_bit_where_the_real_library_cannot() -> None:
 def pair(folder: Path, **more: Any) -> tuple[nn.Module, nn.Module]:
     """One start in both libraries."""
     build, _ = MODELS["llama"]
-    options = {"total_step": 8, "tinit": 2, "tfinal": 2, "deltaT": 2, "init_r": 6, "target_r": 2, "orth_reg_weight": 0.3, "task_type": "CAUSAL_LM"} | more
+    options = {"total_step": 8, "tinit": 2, "tfinal": 2, "deltaT": 2, "init_r": 6, "target_r": 2, "orth_reg_weight": 0.3}
+    options |= {"task_type": "CAUSAL_LM", **more}
     # Without a task the real library leaves AdaLoRA's term out of the loss: its model is called past it.
     theirs = peft.get_peft_model(build(), peft.AdaLoraConfig(**options))
     theirs.save_pretrained(folder)

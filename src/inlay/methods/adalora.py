@@ -87,7 +87,7 @@ class AdaLoraConfig(LoraConfig):
     init_r: int = field(default=12, metadata=_help("Ranks of each weight at the start."))
     tinit: int = field(default=0, metadata=_help("Steps before ranks are taken away."))
     tfinal: int = field(default=0, metadata=_help("Steps after the last allocation."))
-    deltaT: int = field(default=1, metadata=_help("Steps between two allocations."))
+    deltaT: int = field(default=1, metadata=_help("Steps between two allocations."))  # noqa: N815  HF's name
     beta1: float = field(default=0.85, metadata=_help("Of the moving average of importance."))
     beta2: float = field(default=0.85, metadata=_help("Of the moving average of its uncertainty."))
     orth_reg_weight: float = field(default=0.5, metadata=_help("Weight of the orthogonality term of the loss."))
