@@ -288,6 +288,7 @@ def test_loftq_alternates(layout: str, bits: int) -> None:
 
 
 def test_loftq_comes_nearer_to_the_base_with_more_rounds() -> None:
+    @torch.no_grad()
     def error(bits: int, rounds: int) -> float:
         torch.manual_seed(1)
         model = Model(nn.Linear(96, 80))

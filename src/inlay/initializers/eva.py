@@ -93,7 +93,7 @@ class StreamedDirections:
         x, self.waiting = torch.cat(self.waiting), []
         n, mean = len(x), x.mean(0)
         x = x - mean
-        self.variation += x.double().square().sum().item()
+        self.variation += torch.linalg.vector_norm(x, dim=0).double().square().sum().item()
         before = self.directions
         if before is not None:
             assert self.mean is not None

@@ -23,8 +23,9 @@ from ..core.site import Site
 if TYPE_CHECKING:
     from ..core.inlaid import Adapter
 
-# How many numbers of weights are decomposed at once.
-AT_ONCE = 2**23
+# How many numbers of weights are decomposed at once. A CPU goes through a stack one by one, and better with one in its cache.
+AT_ONCE = {"cpu": 2**20}
+AT_ONCE_ELSEWHERE = 2**24
 
 
 class Starter(NamedTuple):
@@ -143,7 +144,8 @@ class Starts(nn.Module):
 
     def _like(self, path: str) -> list[str]:
         """Layers that are decomposed in one call with this one."""
-        chosen, limit = [path], AT_ONCE // max(1, self.sites[path].shape.numel())
+        site = self.sites[path]
+        chosen, limit = [path], AT_ONCE.get(site.device.type, AT_ONCE_ELSEWHERE) // max(1, site.shape.numel())
         for other in self.sites:
             if len(chosen) >= limit:
                 break
