@@ -68,23 +68,20 @@ class _LinearPlusHadamard(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w, a1, b1, a2, b2 = ctx.saved_tensors
         rows, inputs = rows_of(g, w.dtype), rows_of(x, w.dtype)
-        dx = (rows @ _folded(w, a1, b1, a2, b2, ctx.scale)).view(x.shape) if ctx.needs_input_grad[0] else None
+        one, other = a1 @ b1, a2 @ b2
+        dx = (rows @ torch.addcmul(w, one, other, value=ctx.scale)).view(x.shape) if ctx.needs_input_grad[0] else None
         r, (out, inp) = a1.shape[1], w.shape
         if 2 * r**2 * (out + inp) < out * inp:
             found = _by_factors(rows, inputs, a1, b1, a2, b2)
         else:
-            found = _by_product(rows.t() @ inputs, a1, b1, a2, b2)
+            d = rows.t() @ inputs
+            d_one, d_other = d * other, d * one
+            found = d_one @ b1.t(), a1.t() @ d_one, d_other @ b2.t(), a2.t() @ d_other
         return dx, None, None, *(d * ctx.scale for d in found), None
 
 
-def _by_product(d: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
-    """The factors' gradients from that of their product, ``(out, in)``."""
-    one, other = d * (a2 @ b2), d * (a1 @ b1)
-    return one @ b1.t(), a1.t() @ one, other @ b2.t(), a2.t() @ other
-
-
 def _by_factors(g: Tensor, x: Tensor, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> tuple[Tensor, ...]:
-    """The same from ``g (n, out)`` and ``x (n, in)`` by way of the factors of rank r^2, whose long axes go last."""
+    """The factors' gradients from ``g (n, out)`` and ``x (n, in)`` by way of those of rank r^2, whose long axes go last."""
     r = a1.shape[1]
     right, left = khatri_rao(a1, b1, a2, b2)
     d_left = (right @ x.t() @ g).view(r, r, -1)
