@@ -179,6 +179,8 @@ class PeftModel(nn.Module):
             return output if order is None else order.out_of(output)
 
     def _carry_choice(self) -> None:
+        if not torch.is_grad_enabled():
+            return
         base = self.get_base_model()
         session = session_of(base)
         if session is not None and (session.chosen_here or session.call) and getattr(base, "is_gradient_checkpointing", False):

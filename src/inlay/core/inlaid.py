@@ -203,8 +203,6 @@ class Place:
         self.merged: tuple[str, ...] = ()
         # What a file calls the host.
         self.in_file = path
-        # The factors that the last choice of rows used, side by side.
-        self.side: tuple[Any, ...] | None = None
         host = type(site.module)
         # The fused kernels stand for nn.Linear's own forward and for nothing that overrides it.
         self.plain = type(site) is Linear and host.forward is nn.Linear.forward and site.store.dense
@@ -240,8 +238,7 @@ class Place:
 
     def forward(self, call: Callable[..., Tensor], bare: bool, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The adapted layer on ``x``, for whoever is active here and now."""
-        choice = self.session.choice()
-        names, rows = choice
+        names, rows = self.session.choice()
         if rows is None:
             return self.stacked(call, bare, names, x, args, kwargs)
         from .mixed import mixed
@@ -249,7 +246,7 @@ class Place:
         groups = grouped(rows, frozenset(self.adapters))
         if len(groups) == 1 or self.merged:
             return by_rows(self.session, rows, lambda names, x, *a, **k: self.stacked(call, bare, names, x, a, k), (x, *args), kwargs)
-        return mixed(self, call, choice, groups, x, args, kwargs)
+        return mixed(self, call, len(rows), groups, x, args, kwargs)
 
     def stacked(
         self, call: Callable[..., Tensor], bare: bool, names: Sequence[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels.mixed import FEW_TOKENS, Side, add_segments
+from ..kernels.mixed import FEW_TOKENS, add_few, add_segments, few
 from .method import LowRank
 from .rows import Group, Selector, entries_a_row, put_back, selector, taken
-from .session import Choice
 from .site import Embedding, Linear, TransposedLinear
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 def mixed(
     place: Place,
     call: Callable[..., Tensor],
-    choice: Choice,
+    count: int,
     groups: Sequence[Group],
     x: Tensor,
     args: tuple[Any, ...],
@@ -31,13 +30,12 @@ def mixed(
 
     Args:
         call: the host's forward.
-        choice: of rows; ``x`` has as many entries in front, or a multiple.
-        groups: the same rows by their adapters at this place.
+        count: of the rows; ``x`` has as many entries in front, or a multiple.
+        groups: the rows by their adapters at this place.
     """
-    count = len(choice.rows or ())
     times, device = entries_a_row((x,), count)
     if not args and not kwargs and not torch.compiler.is_compiling() and (found := _all_low_rank(place, groups)) is not None:
-        return _add_low_rank(place, choice, call(x), x, found)
+        return _add_low_rank(call(x), x, found, count)
     size, whole = times * count, None
 
     def of_all(mine: Selector) -> Tensor:
@@ -62,10 +60,12 @@ def mixed(
 
 def _adds_low_rank_alone(p: Adapter) -> bool:
     """Whether an adapter does nothing here but add ``s B A``."""
-    method = p.method
-    if not isinstance(method, LowRank) or type(method).around is not LowRank.around or p.trained_bias is not None:
-        return False
-    return not (p.training and method.dropout) and method.delta_bias(p) is None
+    known = p.__dict__.get("_adds_low_rank_alone")
+    if known is None:
+        method = p.method
+        plain = isinstance(method, LowRank) and type(method).around is LowRank.around
+        known = p.__dict__["_adds_low_rank_alone"] = plain and p.trained_bias is None and method.delta_bias(p) is None
+    return known and not (p.training and p.method.dropout)  # type: ignore[attr-defined]
 
 
 def _all_low_rank(place: Place, groups: Sequence[Group]) -> dict[Adapter, list[int]] | None:
@@ -83,23 +83,17 @@ def _all_low_rank(place: Place, groups: Sequence[Group]) -> dict[Adapter, list[i
     return found
 
 
-def _add_low_rank(place: Place, choice: Choice, y: Tensor, x: Tensor, found: dict[Adapter, list[int]]) -> Tensor:
+def _add_low_rank(y: Tensor, x: Tensor, found: dict[Adapter, list[int]], count: int) -> Tensor:
     """Add each adapter's update to its rows of ``y``, the host's output for all of them."""
-    count = len(choice.rows or ())
     if y.requires_grad and y._is_view():
         # Autograd forbids writing into a view that a function returned.
         y = y.clone()
     flat, into = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     factors = [(*p.method.factors(p), p.method.scaling * p.strength) for p in found]  # type: ignore[attr-defined]
-    if len(flat) <= FEW_TOKENS and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
-        # Through one generation the factors stay as they were put together; a later choice, even of the same rows, starts anew.
-        key = tuple((id(t), t._version, scale) for a, b, scale in factors for t in (a, b))
-        # Read once: another thread may put its own there meanwhile.
-        side = place.side
-        if side is None or side[0] is not choice or side[1] != key:
-            side = place.side = choice, key, Side(factors, list(found.values()), count)
-        side[2].add_to(into, flat)
-        return y
     tokens = len(flat) // count
+    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+    if plain and len(flat) <= FEW_TOKENS and len({a.shape for a, _, _ in factors}) == 1:
+        add_few(into, flat, few(tuple(map(tuple, found.values())), tokens, x.device), factors)
+        return y
     rows = [selector(tuple(sorted(mine)), tokens, x.device) for mine in found.values()]
     return add_segments(y, flat, [(mine, *f) for mine, f in zip(rows, factors, strict=True)])

@@ -1,49 +1,68 @@
 """Low-rank updates of several adapters on the rows of one batch: the base's product is done once, for all rows.
 
 Prefill and training go by segments, ``y[rows] += s x[rows] A' B'`` for each adapter. With few tokens, as in decoding, what costs is
-reading the adapters and calling: there the factors of all adapters stand side by side, ``y += ((x A') * m) B'``, and the mask m
-leaves to each row its own columns of the rank.
+the calling, and adapters of one rank go through one batched product, however their rows lie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .lowrank import accumulate, compute_dtype, rows_of
+from .lowrank import accumulate, compute_dtype
 
-# Up to so many tokens the factors side by side are faster than a pair of products an adapter.
+# Up to so many tokens a few calls for all adapters are faster than a pair of products for each.
 FEW_TOKENS = 96
 
 Rows = slice | Tensor
 
 
-class Side:
-    """The factors of several adapters side by side: ``a (n, in)`` and ``b (n, out)``, with ``n`` the sum of the ranks."""
+class Few(NamedTuple):
+    """The tokens of several adapters, as `add_few` takes them.
 
-    def __init__(self, factors: Sequence[tuple[Tensor, Tensor, float]], rows: Sequence[Sequence[int]], batch: int) -> None:
-        ranks = [a.shape[0] for a, _, _ in factors]
-        self.a = torch.cat([a.detach() for a, _, _ in factors])
-        self.b = torch.cat([b.detach().t() for _, b, _ in factors]).contiguous()
-        self.mask = torch.zeros(batch, sum(ranks), dtype=self.a.dtype)
-        start = 0
-        for rank, mine, (_, _, scale) in zip(ranks, rows, factors, strict=True):
-            self.mask[list(mine), start : start + rank] = scale
-            start += rank
-        self.mask = self.mask.to(self.a.device)
+    Attributes:
+        padded: ``(adapters, most tokens)``, shorter rows filled up with their first token.
+        kept: which of the padded places count, or None where all do.
+        tokens: those places' tokens, in their order.
+    """
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """``y += ((x A') * m) B'`` in place.
+    padded: Tensor
+    kept: Tensor | None
+    tokens: Tensor
 
-        Args:
-            y: ``(tokens, out)``. x: ``(tokens, in)``; the tokens of a row stand side by side.
-        """
-        u = rows_of(x, self.a.dtype) @ self.a.t()
-        u = (u.view(len(self.mask), -1, u.shape[-1]) * self.mask.unsqueeze(1)).view(u.shape)
-        return accumulate(y, u, self.b)
+
+@lru_cache(256)
+def few(rows: tuple[tuple[int, ...], ...], times: int, device: torch.device) -> Few:
+    """
+    Args:
+        rows: of the batch, for each adapter. times: the tokens of a row, which stand side by side.
+    """
+    tokens = [[row * times + i for row in sorted(mine) for i in range(times)] for mine in rows]
+    most = max(map(len, tokens))
+    padded = torch.tensor([mine + mine[:1] * (most - len(mine)) for mine in tokens])
+    kept = None if len({len(mine) for mine in tokens}) == 1 else torch.cat([i * most + torch.arange(len(t)) for i, t in enumerate(tokens)])
+    every = torch.tensor([token for mine in tokens for token in mine])
+    return Few(padded.to(device), None if kept is None else kept.to(device), every.to(device))
+
+
+def add_few(y: Tensor, x: Tensor, where: Few, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """What `add_segments` adds, for few tokens and without gradients, in place, by two products for all adapters of one rank.
+
+    Args:
+        y: ``(tokens, out)``. x: ``(tokens, in)``.
+        factors: ``a (r, in)``, ``b (out, r)`` and the factor in front, of each adapter.
+    """
+    a, b = torch.stack([a for a, _, _ in factors]), torch.stack([b for _, b, _ in factors])
+    u = torch.bmm(x[where.padded].to(a.dtype), a.mT)
+    scale = factors[0][2]
+    if any(s != scale for *_, s in factors):
+        u, scale = u * torch.tensor([s for *_, s in factors], device=u.device, dtype=u.dtype).view(-1, 1, 1), 1.0
+    h = torch.bmm(u, b.mT).flatten(0, 1)
+    return y.index_add_(0, where.tokens, (h if where.kept is None else h[where.kept]).to(y.dtype), alpha=scale)
 
 
 def add_segments(y: Tensor, x: Tensor, segments: Sequence[tuple[Rows, Tensor, Tensor, float]]) -> Tensor:
@@ -65,7 +84,8 @@ def _added(y: Tensor, x: Tensor, rows: Sequence[Rows], scales: Sequence[float], 
     for i, (mine, scale) in enumerate(zip(rows, scales, strict=True)):
         a, b = flat[2 * i], flat[2 * i + 1]
         dtype = compute_dtype(x, a)
-        u = x[mine].to(dtype) @ a.to(dtype).t()
+        # With the long axis last the narrow product runs faster (see `kernels.lowrank`).
+        u = (a.to(dtype) @ x[mine].to(dtype).t()).t()
         if isinstance(mine, slice):
             accumulate(into[mine], u, b.to(dtype).t(), scale)
         else:
