@@ -20,7 +20,7 @@ def calling(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         model: the bare model that holds the adapters.
     """
     session = session_of(model)
-    methods = {n: c.variant() for n, c in session.configs.items() if isinstance(c, Method)} if session is not None else {}
+    methods = {n: c.acting() for n, c in session.configs.items() if isinstance(c, Method)} if session is not None else {}
     listening = {n: c for n, c in methods.items() if c.takes or type(c).given is not Method.given}
     if session is None or not listening:
         yield

@@ -237,7 +237,7 @@ class Method(PeftConfig):
 
     def at(self, path: str) -> Method:
         """The method as it is for the module of this name: patterns applied, and the variant that the options ask for."""
-        return self.patterned(path).variant()
+        return self.patterned(path).acting()
 
     def patterned(self, path: str) -> Method:
         """The method with the values that patterns give its fields at the module of this name."""
@@ -260,6 +260,10 @@ class Method(PeftConfig):
     def never_identity(self) -> str:
         """Why an adapter with these options cannot start as the base; empty where it does."""
         return ""
+
+    def acting(self) -> Method:
+        """`variant`, under a name that no option of a method has."""
+        return self.variant()
 
     def variant(self) -> Method:
         """The class that carries the mathematics of the options that are set."""

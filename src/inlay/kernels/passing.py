@@ -28,7 +28,7 @@ def linear_through(x: Tensor, w: Tensor, bias: Tensor | None, fold: Fold, *param
     if takes_the_formula(x, w, bias) or not exact or not torch.is_grad_enabled():
         with torch.autocast(x.device.type, enabled=False):
             raised = w.dtype if w.dtype.itemsize > 2 else torch.float32
-            w2, b2 = fold(w.to(raised), None if bias is None else bias.to(raised), *params)
+            w2, b2 = fold(w.to(raised), None if bias is None else bias.to(raised), *(q.to(raised) for q in params))
         return F.linear(x, w2.to(w.dtype), None if b2 is None else b2.to(w.dtype))
     return _LinearThrough.apply(x, w, bias, fold, *params)
 

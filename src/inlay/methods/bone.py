@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ..core.config import PeftType
 from ..core.method import Method, register
-from .miss import MissConfig
+from .miss import Bat, MissConfig
 
 
 @register
@@ -25,3 +25,12 @@ class BoneConfig(MissConfig):
     prefix: ClassVar[str] = "bone_"
     examples: ClassVar[dict[str, dict[str, Any]]] = {"": {"r": 2, "bias": "bone_only"}, "bat": {"r": 2, "init_weights": "bat"}}
     ours: ClassVar[frozenset[str]] = (Method.ours - {"bias"}) | {"miss_dropout", "mini_r"}
+
+    def variant(self) -> Method:
+        return self.become(BoneBat) if self.init_weights == "bat" else super().variant()
+
+
+class BoneBat(Bat):
+    """`Bat` with the names of earlier files."""
+
+    prefix: ClassVar[str] = "bone_"

@@ -5,13 +5,14 @@ A scales the weight entry by entry and B adds to it; D and E do so with the bias
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from ..core.config import PeftType, nearest
-from ..core.method import Method, Param, full, kaiming_uniform, normal, register, zeros
+from ..core.method import Method, Param, add, full, kaiming_uniform, meet, normal, register, zeros
 from ..core.site import Site
 from ..kernels.passing import linear_through
 
@@ -98,6 +99,10 @@ class GloraConfig(Method):
                 declare(name, self.config_D_E, "channel", 0)
         return declared
 
+    def as_read(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        # HF writes the zeros that stand for parts that are switched off.
+        return {key: tensor for key, tensor in tensors.items() if not key.endswith(".zeros")}
+
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self._mixed(p.site, w, b, {name: full(q) for name, q in p.named_parameters(recurse=False) if name in p.declared})
 
@@ -125,7 +130,11 @@ class GloraConfig(Method):
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         if inner.dense is None:
-            return super().around(p, inner, x)
+            y, (w, b) = inner(x), inner.params()
+            w, b = full(w), None if b is None else full(b)
+            new_w, new_b = self.fold(p, w, b)
+            x, change = meet(x, new_w - w)
+            return add(y, inner.site.apply(x, change, None if b is None or new_b is None else (new_b - b).to(change.dtype)), 1.0)
         tensors = {name: q for name, q in p.named_parameters(recurse=False) if name in p.declared}
 
         def fold(w: Tensor, b: Tensor | None, *params: Tensor) -> tuple[Tensor, Tensor | None]:

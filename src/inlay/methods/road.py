@@ -63,9 +63,9 @@ class RoadConfig(Method):
         if self.group_size <= 0 or self.group_size % 2:
             raise ValueError(f"`group_size` is to be cut in halves and should be a positive even number, not {self.group_size!r}.")
 
-    def at(self, path: str) -> Method:
-        # HF's option has the name of the hook that `at` calls elsewhere.
-        return self.patterned(path)
+    def acting(self) -> Method:
+        # HF's option has the name of the hook that finds the variant of other methods.
+        return self
 
     def refuses(self, site: Site) -> str | None:
         width = site.size("channel")
