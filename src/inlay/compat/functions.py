@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from .. import PeftModel
 from .. import delete_adapter as _delete_adapter
 from ..core.attach import activate
-from ..core.config import PeftConfig
-from ..core.inlaid import Place, places, session_of
+from ..core.inlaid import places, session_of
 from ..core.session import Session
 from ..core.targets import explain_targets
 from ..tuner import BaseTuner
@@ -88,44 +86,6 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
             for q in place.adapters[adapter_name].parameters():
                 if q.dtype in (torch.float16, torch.bfloat16):
                     q.data = q.data.float()
-
-
-# ---- peft.helpers ---------------------------------------------------------------------------------------------------------
-@contextmanager
-def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Nothing to do: an adapter's input meets its tensors in their own dtype, and the base's input is not touched."""
-    yield
-
-
-@contextmanager
-def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Multiply the strength of the active adapters until the block ends.
-
-    Raises:
-        TypeError: the multiplier is no number.
-        ValueError: the model has no adapters.
-    """
-    if isinstance(multiplier, bool) or not isinstance(multiplier, (int, float)):
-        raise TypeError(f"multiplier should be a number, not {multiplier!r}.")
-    active = _session(model).active
-    found = [p.adapters[n] for p in places(_base(model)) if isinstance(p, Place) for n in p.here(active)]
-    before = [adapter.strength for adapter in found]
-    try:
-        for adapter in found:
-            adapter.strength *= multiplier
-        yield
-    finally:
-        for adapter, strength in zip(found, before, strict=True):
-            adapter.strength = strength
-
-
-def check_if_peft_model(model_name_or_path: str) -> bool:
-    """Whether a folder or a hub repository holds an adapter."""
-    try:
-        PeftConfig.from_pretrained(model_name_or_path)
-    except ValueError:
-        return False
-    return True
 
 
 # ---- peft.utils -----------------------------------------------------------------------------------------------------------

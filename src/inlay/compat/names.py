@@ -15,7 +15,7 @@ from typing import Any
 _MODULES = """
 peft peft.auto peft.config peft.functional peft.helpers peft.import_utils peft.mapping peft.mapping_func peft.mixed_model
 peft.optimizers peft.optimizers.lorafa peft.optimizers.loraplus peft.optimizers.riemannian peft.peft_model peft.tuners
-peft.tuners.lora.corda peft.tuners.lora.eva peft.tuners.lora.loraga peft.tuners.tuners_utils
+peft.tuners.lora.corda peft.tuners.lora.intruders peft.tuners.lora.eva peft.tuners.lora.loraga peft.tuners.tuners_utils
 peft.utils peft.utils.constants peft.utils.error peft.utils.hotswap peft.utils.loftq_utils peft.utils.other
 peft.utils.peft_types peft.utils.save_and_load peft.utils.transformers_weight_conversion peft.utils.warning
 """
@@ -60,9 +60,13 @@ _HOMES = {
     "inlay.compat.hotswap": (
         "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap"
     ),
+    "inlay.helpers": (
+        "DoraCaching KappaTuneSelector check_if_peft_model disable_input_dtype_casting find_kappa_target_modules "
+        "reduce_intruder_dimension rescale_adapter_scale update_forward_signature update_generate_signature update_signature"
+    ),
     "inlay.compat.functions": (
-        "PeftWarning _get_submodules cast_adapter_dtype check_if_peft_model check_target_module_exists "
-        "delete_adapter disable_input_dtype_casting fsdp_auto_wrap_policy infer_device rescale_adapter_scale set_adapter "
+        "PeftWarning _get_submodules cast_adapter_dtype check_target_module_exists "
+        "delete_adapter fsdp_auto_wrap_policy infer_device set_adapter "
         "set_requires_grad transpose"
     ),
     "inlay.compat.installed": (

@@ -6,10 +6,11 @@ from ``|V|^2 = |W|^2 + s <2 W A' + s B (A A'), B>`` by rows.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.method import Method, Param, full, meet, zeros
@@ -47,7 +48,7 @@ class Dora(LoraConfig):
         a, b = self.factors(p)
         w, bias = inner.params()
         scale = self.scaling * p.strength
-        gain = self._gain(p, row_norms(w, a, b, scale))
+        gain = self._gain(p, kept_norms(p, w, a, b, scale))
         drops = self.dropout and p.training
         if inner.dense is not None and not drops:
             return linear_decomposed(x, *inner.dense, a, b, gain, scale)
@@ -69,3 +70,29 @@ def row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         w, a, b = full(w), full(a), full(b)
         across = (w @ a.mT).mul_(2).add_(b @ (a @ a.mT), alpha=scale)
         return torch.add(square, across.mul_(b).sum(-1), alpha=scale).clamp_min_(0).sqrt_()
+
+
+# ---- caching --------------------------------------------------------------------------------------------------------------
+class Cache:
+    """The norms of adapters that are not being trained, while someone asks for them to be kept (`inlay.helpers.DoraCaching`)."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.norms: WeakKeyDictionary[Adapter, tuple[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
+
+
+cache = Cache()
+
+
+def kept_norms(p: Adapter, w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`row_norms`, from the cache where that is on, the adapter is in evaluation and no tensor was written to."""
+    own = w if w._base is None else w._base
+    known = cache.on and not p.training and not torch.compiler.is_compiling() and isinstance(own, nn.Parameter)
+    if not known or any(t.is_inference() for t in (own, a, b)):
+        cache.norms.pop(p, None)
+        return row_norms(w, a, b, scale)
+    state = (scale, *(v for t in (own, a, b) for v in (t._version, t.data_ptr())))
+    found = cache.norms.get(p)
+    if found is None or found[0] != state:
+        found = cache.norms[p] = state, row_norms(w, a, b, scale)
+    return found[1]
