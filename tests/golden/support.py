@@ -107,7 +107,8 @@ def both_ways(
         jitter(fresh)
         fresh.save_pretrained(ours_out)
         close(by(peft.PeftModel.from_pretrained(build(), ours_out), example()), outputs(fresh, example()))
-        fresh.merge_and_unload()
+        if not getattr(getattr(inlay, method), "unmergeable", ""):
+            fresh.merge_and_unload()
 
 
 def merged(model: Any, example: dict[str, Tensor]) -> Tensor:

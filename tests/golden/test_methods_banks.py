@@ -27,7 +27,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "randlora-seed-only": ("llama", "RandLoraConfig", {"r": 4, "save_projection": False, "projection_prng_key": 3}),
     "randlora-sparse": ("llama", "RandLoraConfig", {"r": 5, "sparse": True, "target_modules": TWO, "save_projection": False}),
     "randlora-very-sparse": ("llama", "RandLoraConfig", {"r": 5, "very_sparse": True, "target_modules": TWO, "save_projection": False}),
-    "randlora-gpt2": ("gpt2", "RandLoraConfig", {"r": 5, **GPT2}),
+    "randlora-gpt2": ("gpt2", "RandLoraConfig", {"r": 5, "randlora_alpha": 10, **GPT2}),
     "randlora-bias": ("bert", "RandLoraConfig", {"r": 5, "bias": "randlora_only"}),
     "unilora": ("llama", "UniLoraConfig", {"theta_d_length": 20, "target_modules": TWO}),
     "unilora-indices": ("llama", "UniLoraConfig", {"theta_d_length": 20, "target_modules": TWO, "save_indices": True, "proj_seed": 1}),
@@ -41,6 +41,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tinylora-gpt2": ("gpt2", "TinyLoraConfig", {"u": 7, **GPT2}),
     "tinylora-embedding": ("llama", "TinyLoraConfig", {"u": 7, "target_modules": ["embed_tokens", "q_proj"]}),
     "tinylora-bias": ("bert", "TinyLoraConfig", {"u": 7, "bias": "tinylora_only"}),
+    "lily": ("llama", "LilyConfig", {"r": 3, "target_modules": TWO}),
+    "lily-shared": ("llama", "LilyConfig", {"r": 3, "target_modules": ["q_proj", "up_proj", "gate_proj"], "stride_A": 2, "num_B": 3}),
+    "lily-bert": ("bert", "LilyConfig", {"r": 3, "scaling": 0.5, "target_modules": ["query", "value"]}),
     "frod": ("llama", "FrodConfig", {"sparse_rate": 0.1, "target_modules": TWO, "progressbar": False}),
     "frod-seed-only": ("llama", "FrodConfig", {"sparse_rate": 0.1, "save_projection": False, "target_modules": TWO}),
     "frod-gpt2": ("gpt2", "FrodConfig", {"sparse_rate": 0.1, **GPT2}),
@@ -48,22 +51,27 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "frod-no-rotations": ("llama", "FrodConfig", {"sparse_rate": 0.0, "target_modules": TWO}),
     "adamss": ("llama", "AdamssConfig", {"r": 6, "num_subspaces": 3, "target_modules": TWO}),
     "adamss-ranks": ("llama", "AdamssConfig", {"r": 8, "num_subspaces": 2, "subspace_rank": 3, "target_modules": TWO}),
-    "adamss-all-directions": ("bert", "AdamssConfig", {"num_subspaces": 4, "target_modules": ["query", "dense"]}),
+    "adamss-bias-column": ("bert", "AdamssConfig", {"r": 6, "num_subspaces": 4, "target_modules": ["query", "intermediate.dense"]}),
     "adamss-dynamic": ("llama", "AdamssConfig", {"r": 9, "subspace_rank": 3, "use_dynamic_rank": True, "svd_threshold": 0.5}),
 }
-MERGEABLE = [case for case in CASES if "lily" not in case]
+# What is written differs by rounding from what was read: mixtures are kept as logits. And we write no empty tensors.
+ROUNDED = ("vblora-mixtures", "vblora-many-vectors", "frod-no-rotations")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_method(case: str, tmp_path: Path) -> None:
     model, method, options = CASES[case]
-    both_ways(model, method, tmp_path, **options)
+    both_ways(model, method, tmp_path, exact_files=case not in ROUNDED, **options)
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["vblora", "randlora", "randlora-gpt2", "unilora", "tinylora", "tinylora-tied", "tinylora-embedding", "frod", "adamss", "adamss-ranks"],
-)
+# By case, how far a step goes: that something is learned in five of them, and not too much.
+RATES = {
+    "vblora": 0.5, "randlora": 0.05, "randlora-gpt2": 0.05, "unilora": 50.0, "tinylora": 20.0, "tinylora-tied": 5.0,
+    "tinylora-embedding": 2.0, "frod": 2.0, "adamss": 2.0, "adamss-ranks": 2.0, "lily": 2.0, "lily-shared": 2.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RATES)
 def test_steps(case: str, tmp_path: Path) -> None:
     model, method, options = CASES[case]
-    same_steps(model, method, tmp_path, **options)
+    same_steps(model, method, tmp_path, rate=RATES[case], **options)

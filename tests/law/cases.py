@@ -12,8 +12,9 @@ import inlay.methods  # noqa: F401  registers them
 from inlay.core.method import METHODS, Method
 
 ONLY = {name for name in os.environ.get("METHODS", "").split(",") if name}
-# Methods on whole modules have no weight that the law could speak of; they are tested on models.
-TESTED = {name: cls for name, cls in METHODS.items() if cls.site_of is Method.site_of}
+# Methods on whole modules have no weight that the law could speak of, and those that are no function of it obey none; they are
+# tested on models.
+TESTED = {name: cls for name, cls in METHODS.items() if cls.site_of is Method.site_of and not cls.unmergeable}
 
 # Every method with every set of options, and every method once.
 CASES: dict[str, tuple[type[Method], dict[str, Any]]] = {

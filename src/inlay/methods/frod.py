@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from .banks import check_share
 from .spread import Spread
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.inlaid import Adapter, Inner
 
 
 class Projections(nn.Module):
@@ -109,7 +110,7 @@ class FrodConfig(Spread):
                 "frod_s_size": torch.tensor([width, width]),
             }
             for name, tensor in found.items():
-                getattr(bank, name).register_buffer(kind, tensor, persistent=self.save_projection)
+                getattr(bank, name).register_buffer(kind, tensor, persistent=self.save_projection and tensor.numel() > 0)
         return bank
 
     def _count(self, width: int) -> int:
@@ -127,10 +128,10 @@ class FrodConfig(Spread):
 
     # -- the layers --
     def params(self, site: Site) -> dict[str, Param]:
-        start = zeros if self.init_weights else normal(0.1)
+        start, rotations = zeros if self.init_weights else normal(0.1), self._count(site.size("in"))
         return {
             "frod_lambda_l": Param(("in",), start),
-            "frod_lambda_s_values": Param((self._count(site.size("in")),), start),
+            **({"frod_lambda_s_values": Param((rotations,), start)} if rotations else {}),
             "frod_U": Param(("out", "in"), zeros, trainable=False, persistent=False),
             "frod_l0": Param(("in",), zeros, trainable=False, persistent=False),
         }
@@ -153,7 +154,8 @@ class FrodConfig(Spread):
         p.frod_lambda_l.data.copy_(drawn.to(p.frod_l0) + p.frod_l0)
 
     def values(self, p: Adapter) -> tuple[Tensor, ...]:
-        return p.frod_lambda_l, p.frod_lambda_s_values
+        lengths = p.frod_lambda_l
+        return lengths, p.frod_lambda_s_values if "frod_lambda_s_values" in p.declared else lengths.new_zeros(*lengths.shape[:-1], 0)
 
     def _flat(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """V, and the places as numbers in a flat matrix."""
@@ -163,11 +165,14 @@ class FrodConfig(Spread):
     def spread(self, p: Adapter, *values: Tensor) -> Tensor:
         lengths, entries = map(full, values)
         v, places = self._flat(p)
-        right = (lengths - full(p.frod_l0)).unsqueeze(-1) * v.mT
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or p.site.batch:
-            right = right + scattered(entries, places, (len(v), len(v))) @ v.mT
-        elif len(places):
-            # Without a gradient it need not be dense.
+        middle = torch.diag_embed(lengths - full(p.frod_l0)) + scattered(entries, places, (len(v), len(v)))
+        return full(p.frod_U) @ (middle @ v.mT)
+
+    def _spread_sparsely(self, p: Adapter, lengths: Tensor, entries: Tensor) -> Tensor:
+        """The same for a single matrix, with no dense S."""
+        v, places = self._flat(p)
+        right = (lengths - full(p.frod_l0)).unsqueeze(-1) * v.t()
+        if len(places):
             sparse = torch.sparse_coo_tensor(p.shared.of(p.path)[1], entries, (len(v), len(v)), check_invariants=False)
             right = right + torch.sparse.mm(sparse, v.t())
         return full(p.frod_U) @ right
@@ -178,6 +183,15 @@ class FrodConfig(Spread):
         u = full(p.frod_U)
         left, right = (u.t() @ (g.t() @ x), v.t()) if len(u) < len(g) else ((g @ u).t().contiguous(), (x @ v).t().contiguous())
         return (left * right).sum(-1), sampled(left, right, places) if len(places) else values[1].new_zeros(0)
+
+    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        if not self._takes_kernel(inner, x, self.values(p)):
+            return super().around(p, inner, x)
+        return self.with_spread(p, inner, x, partial(self._spread_sparsely, p), partial(self.gather, p))
+
+    # -- files: without rotations HF peft writes empty tensors --
+    def as_read(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return {k: t for k, t in tensors.items() if t.numel()}
 
 
 def _kind(path: str) -> str:

@@ -61,7 +61,7 @@ class RandLoraConfig(Spread):
     count_formula: ClassVar[str] = "min(in, out) * (1 + min(in, out) / r)"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"r": 4, "randlora_alpha": 8},
-        "sparse": {"r": 3, "randlora_alpha": 6, "sparse": True, "projection_prng_key": 2},
+        "sparse": {"r": 6, "randlora_alpha": 6, "sparse": True, "projection_prng_key": 99},
         "dropout": {"r": 2, "randlora_alpha": 4, "randlora_dropout": 0.3, "save_projection": False},
     }
     ours: ClassVar[frozenset[str]] = (Method.ours - {"bias"}) | {"exclude_modules"}
@@ -87,11 +87,15 @@ class RandLoraConfig(Spread):
         else:
             a = _uniform((self.r, 1, min(sizes)), generator)
             b = torch.cat([_uniform((max(sizes), 1, self.r), generator) for _ in range(self._bases(min(sizes)))], 1)
-        bank = nn.Module()
+        bank, dtype = nn.Module(), next(iter(sites.values())).dtype
         for name, basis in {"randlora_A": a, "randlora_B": b}.items():
             deviation = basis.std() if basis.numel() > 1 else basis.new_zeros(())
-            bank.register_buffer(name, basis / deviation if deviation > 0 else basis, persistent=self.save_projection)
+            basis = (basis / deviation if deviation > 0 else basis).to(dtype if dtype.itemsize > 1 else torch.float32)
+            bank.register_buffer(name, basis, persistent=self.save_projection)
         return bank
+
+    def repeated(self, p: Adapter) -> dict[str, str]:
+        return {name: name for name in ("randlora_A", "randlora_B")} if self.save_projection else {}
 
     def _bases(self, short: int) -> int:
         return -(-short // self.r)
