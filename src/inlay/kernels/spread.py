@@ -22,6 +22,8 @@ Gather = Callable[..., tuple[Tensor, ...]]
 # A sampled entry costs about as much as this many of a matrix product.
 DENSE_SHARE = {"cpu": 4}
 DENSE_SHARE_ELSEWHERE = 64
+# How many numbers of g and x are looked at together.
+MANY = 2**18
 
 
 def linear_plus_spread(
@@ -83,6 +85,14 @@ def _through_autograd(ctx: Any, dw: Tensor, values: tuple[Tensor, ...], again: b
         found = torch.autograd.grad(delta, [v for v, need in zip(leaves, wanted, strict=True) if need], dw * ctx.scale, create_graph=again)
     gradients = iter(found)
     return tuple(next(gradients) if need else None for need in wanted)
+
+
+def piecewise(gather: Gather, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of ``gather``, some rows at a time: what it makes on its way stays in the processor's cache, and its memory is
+    used again where asking the system for more would cost as much as the work."""
+    step = max(MANY // (g.shape[1] + x.shape[1]), 64) if g.device.type == "cpu" else max(len(g), 1)
+    parts = [gather(some, of, *values) for some, of in zip(g.split(step), x.split(step), strict=True)]
+    return tuple(sum(same[1:], same[0]) for same in zip(*parts, strict=True))
 
 
 # ---- single entries ---------------------------------------------------------------------------------------------------------

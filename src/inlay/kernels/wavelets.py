@@ -98,23 +98,23 @@ def padding(family: str) -> int:
     return len(LOW_PASS[family]) - 2
 
 
-def synthesis(coefficients: Tensor, family: str) -> Tensor:
-    """Rows from the coefficients of one step.
+def synthesis(coefficients: Tensor, family: str, dim: int = -2) -> Tensor:
+    """Rows (or columns, for ``dim=-1``) from the coefficients of one step.
 
     Args:
-        coefficients: ``(..., n + padding, columns)`` with n even: those of the low pass, then those of the high pass.
+        coefficients: along ``dim``, of length ``n + padding`` with n even, those of the low pass and then those of the high pass.
 
     Returns:
-        ``(..., n, columns)``.
+        The same with length n.
     """
-    count = (coefficients.shape[-2] - padding(family)) // 2
-    rows = [[], []]
-    for channel, part in enumerate(coefficients.chunk(2, dim=-2)):
+    count = (coefficients.shape[dim] - padding(family)) // 2
+    found: tuple[list[Tensor], list[Tensor]] = [], []
+    for channel, part in enumerate(coefficients.chunk(2, dim)):
         for shift, factors in enumerate(_PHASES[family]):
-            piece = part.narrow(-2, shift, count)
+            piece = part.narrow(dim, shift, count)
             for odd in (0, 1):
-                rows[odd].append(piece * factors[channel][odd])
-    return torch.stack([sum(parts[1:], parts[0]) for parts in rows], -2).flatten(-3, -2)
+                found[odd].append(piece * factors[channel][odd])
+    return torch.stack([sum(parts[1:], parts[0]) for parts in found], dim).flatten(dim - 1, dim)
 
 
 def analysis(rows: Tensor, family: str) -> Tensor:

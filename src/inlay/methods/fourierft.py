@@ -98,10 +98,10 @@ class FourierFTConfig(Spread):
         """The transform of ``g' x`` is the product of the transforms of g and x."""
         out, inp = p.site.size("out"), p.site.size("in")
         _, _, pairs = remembered(p.fourierft_places, half_plane, out, inp)
-        ghat, xhat = torch.fft.rfft(g).t(), torch.fft.rfft(x).t()
+        ghat, xhat = (torch.fft.rfft(t).t().contiguous() for t in (g, x))
         # Products of real and of imaginary parts side by side: with the conjugate beside it each entry is one row's product.
-        both = torch.cat((xhat, xhat.conj()))
-        found = sampled(torch.view_as_real(ghat).flatten(1), torch.view_as_real(both.resolve_conj()).flatten(1), pairs)
+        both = torch.cat((xhat, xhat.conj_physical()))
+        found = sampled(torch.view_as_real(ghat).flatten(1), torch.view_as_real(both).flatten(1), pairs)
         return (found.mul_(self.scaling / (out * inp)),)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..core.families import acts_on_last_axis
 from ..core.method import Additive, add
 from ..kernels.lowrank import takes_the_formula
-from ..kernels.spread import linear_plus_spread
+from ..kernels.spread import linear_plus_spread, piecewise
 
 if TYPE_CHECKING:
     from ..core.inlaid import Adapter, Inner
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Spread(Additive):
-    """An additive method that gives its trained `values` and how they `spread` over the weight; it may give `gather`."""
+    """An additive method that gives its trained `values`, how they `spread` over the weight, and the way back, `gather`."""
 
     def values(self, p: Adapter) -> tuple[Tensor, ...]:
         """The trained tensors."""
@@ -44,11 +44,10 @@ class Spread(Additive):
         return self.spread(p, *self.values(p))
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
-        gather = partial(self.gather, p) if type(self).gather is not Spread.gather else None
-        return self.with_spread(p, inner, x, partial(self.spread, p), gather)
+        return self.with_spread(p, inner, x, partial(self.spread, p), partial(piecewise, partial(self.gather, p)))
 
     def with_spread(
-        self, p: Adapter, inner: Inner, x: Tensor, spread: Callable[..., Tensor], gather: Callable[..., tuple[Tensor, ...]] | None
+        self, p: Adapter, inner: Inner, x: Tensor, spread: Callable[..., Tensor], gather: Callable[..., tuple[Tensor, ...]]
     ) -> Tensor:
         """The layer on ``x`` with ``spread(*values)`` added to its weight."""
         values = self.values(p)

@@ -114,18 +114,18 @@ class WaveFTConfig(Spread):
         if not self.use_idwt:
             return scattered(spectrum, p.waveft_places, (out, inp))
         coefficients = scattered(spectrum, _in_bands(p.waveft_places, out, inp, self.wavelet_family), self._padded(out, inp))
-        columns = synthesis(coefficients, self.wavelet_family)[..., :out, :].mT
-        return synthesis(columns, self.wavelet_family)[..., :inp, :].mT
+        rows = synthesis(coefficients, self.wavelet_family)[..., :out, :]
+        return synthesis(rows, self.wavelet_family, dim=-1)[..., :inp]
 
     def _padded(self, out: int, inp: int) -> tuple[int, int]:
         return _even(out + padding(self.wavelet_family)), _even(inp + padding(self.wavelet_family))
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
         """The coefficients of ``g' x`` are products of those of g and x."""
-        g, x, places = g.t(), x.t(), p.waveft_places
+        g, x, places = g.t().contiguous(), x.t().contiguous(), p.waveft_places
         if self.use_idwt:
             places = remembered(places, _in_bands, len(g), len(x), self.wavelet_family)
-            g, x = (analysis(F.pad(t, (0, 0, 0, len(t) % 2)), self.wavelet_family) for t in (g, x))
+            g, x = (analysis(F.pad(t, (0, 0, 0, 1)) if len(t) % 2 else t, self.wavelet_family) for t in (g, x))
         return (sampled(g, x, places).mul_(self.scaling),)
 
 
