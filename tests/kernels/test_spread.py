@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from inlay.kernels import spread
 from inlay.kernels.spread import linear_plus_spread, remembered, sampled, scattered
-from inlay.kernels.wavelets import LOW_PASS, analysis, padding, synthesis
+from inlay.kernels.wavelets import LOW_PASS, analysis, padding, synthesis, waves
 
 OUT, INP = 6, 7
 PLACES = torch.tensor([3, 40, 0, 17, 5])
@@ -126,3 +126,13 @@ def test_wavelets(family: str) -> None:
     moments = [(low * (-1) ** torch.arange(len(low)) * torch.arange(len(low)) ** k).sum().item() for k in range(2)]
     assert abs(moments[0]) < 1e-8
     assert family == "db1" or abs(moments[1]) < 1e-7
+
+
+@pytest.mark.parametrize("size", [9, 10])
+@pytest.mark.parametrize("family", ["db1", "db3", "coif1"])
+def test_single_waves(family: str, size: int) -> None:
+    """Coefficient by coefficient, the columns of the synthesis."""
+    wide = 10 + padding(family)
+    places, numbers = waves(torch.arange(wide), size, family)
+    found = torch.zeros(wide, size, dtype=torch.float64).scatter_add(1, places, numbers)
+    torch.testing.assert_close(found.mT, synthesis(torch.eye(wide, dtype=torch.float64), family)[:size])

@@ -129,7 +129,7 @@ _memory: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def remembered(key: Tensor, make: Callable[..., Any], *args: Any) -> Any:
     """``make(key, *args)``, made again only when the tensor has changed."""
-    if key.is_inference():
+    if torch.compiler.is_compiling() or key.is_inference():
         return make(key, *args)
     state = (key._version, make, args)
     found = _memory.get(key)

@@ -117,6 +117,21 @@ def synthesis(coefficients: Tensor, family: str, dim: int = -2) -> Tensor:
     return torch.stack([sum(parts[1:], parts[0]) for parts in found], dim).flatten(dim - 1, dim)
 
 
+def waves(index: Tensor, size: int, family: str) -> tuple[Tensor, Tensor]:
+    """What single coefficients stand for in `synthesis`: places among the ``size`` rows and the numbers there, ``(k, length)`` each.
+
+    Args:
+        index: ``(k,)``, of coefficients of one step.
+    """
+    half = (size + size % 2 + padding(family)) // 2
+    # By channel: a number for each shift and each of its two places.
+    numbers = torch.tensor(_PHASES[family], dtype=torch.float64, device=index.device).transpose(0, 1).flatten(1)
+    shift = torch.arange(numbers.shape[1], device=index.device)
+    places = 2 * (index % half).unsqueeze(-1) - 2 * (shift // 2) + shift % 2
+    within = (places >= 0) & (places < size)
+    return torch.where(within, places, 0), torch.where(within, numbers[index // half], 0.0)
+
+
 def analysis(rows: Tensor, family: str) -> Tensor:
     """The transpose of `synthesis`: ``(n, columns)`` to ``(n + padding, columns)``. An orthonormal step is undone by it."""
     count, wide = len(rows) // 2, (len(rows) + padding(family)) // 2

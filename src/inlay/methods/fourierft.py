@@ -88,11 +88,14 @@ class FourierFTConfig(Spread):
 
     def spread(self, p: Adapter, *values: Tensor) -> Tensor:
         out, inp = p.site.size("out"), p.site.size("in")
-        places, share, _ = half_plane(p.fourierft_places, out, inp)
+        places, share, _ = remembered(p.fourierft_places, half_plane, out, inp)
         (spectrum,) = values
         half = scattered(full(spectrum) * share.to(full(spectrum)), places, (out, inp // 2 + 1))
-        # The imaginary part of a constant row is left out by the inverse of a real transform, as it should be.
-        return self.scaling * torch.fft.irfft(torch.fft.ifft(half, dim=-2), inp)
+        # The spectrum is real, so the delta is the same when it is turned half around: the upper rows tell the lower ones. The
+        # imaginary part of a constant row is left out by the inverse of a real transform, as it should be.
+        upper = self.scaling * torch.fft.irfft(torch.fft.ihfft(half, dim=-2), inp)
+        lower = upper[..., 1 : out - out // 2, :].flip(-2, -1).roll(1, -1)
+        return torch.cat((upper, lower), -2)
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
         """The transform of ``g' x`` is the product of the transforms of g and x."""

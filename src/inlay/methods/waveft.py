@@ -14,7 +14,7 @@ from ..core.config import PeftType, nearest
 from ..core.method import Method, Param, full, normal, register, zeros
 from ..core.site import Site
 from ..kernels.spread import remembered, sampled, scattered
-from ..kernels.wavelets import LOW_PASS, analysis, padding, synthesis
+from ..kernels.wavelets import LOW_PASS, analysis, padding, synthesis, waves
 from .fourierft import check_places, places_param, random_places, too_many
 from .spread import Spread
 
@@ -113,6 +113,10 @@ class WaveFTConfig(Spread):
         spectrum = self.scaling * full(spectrum)
         if not self.use_idwt:
             return scattered(spectrum, p.waveft_places, (out, inp))
+        if len(LOW_PASS[self.wavelet_family]) == 2:
+            # The shortest wavelets are four numbers each.
+            places, numbers = remembered(p.waveft_places, _short_waves, out, inp, self.wavelet_family)
+            return scattered((spectrum.unsqueeze(-1) * numbers.to(spectrum)).flatten(-2), places, (out, inp))
         coefficients = scattered(spectrum, _in_bands(p.waveft_places, out, inp, self.wavelet_family), self._padded(out, inp))
         rows = synthesis(coefficients, self.wavelet_family)[..., :out, :]
         return synthesis(rows, self.wavelet_family, dim=-1)[..., :inp]
@@ -127,6 +131,14 @@ class WaveFTConfig(Spread):
             places = remembered(places, _in_bands, len(g), len(x), self.wavelet_family)
             g, x = (analysis(F.pad(t, (0, 0, 0, 1)) if len(t) % 2 else t, self.wavelet_family) for t in (g, x))
         return (sampled(g, x, places).mul_(self.scaling),)
+
+
+def _short_waves(places: Tensor, out: int, inp: int, family: str) -> tuple[Tensor, Tensor]:
+    """Flat places in ``(out, inp)``, coefficient by coefficient, and what each brings there: ``(k * 4,)`` and ``(k, 4)``."""
+    places = _in_bands(places, out, inp, family)
+    wide = _even(inp + padding(family))
+    (row, down), (column, along) = waves(places // wide, out, family), waves(places % wide, inp, family)
+    return (row.unsqueeze(-1) * inp + column.unsqueeze(-2)).flatten(), (down.unsqueeze(-1) * along.unsqueeze(-2)).flatten(1)
 
 
 def _even(size: int) -> int:
