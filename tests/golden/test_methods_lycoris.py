@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import inlay
 
 from .models import MODELS
-from .support import WEIGHTS, both_ways, close, jitter, outputs, same_steps
+from .support import WEIGHTS, both_ways, close, jitter, merged, outputs, same_steps
 
 LLAMA = ["q_proj", "v_proj", "down_proj"]
 CONVOLUTIONS = ["line", "plane", "plain", "head"]
@@ -116,6 +116,19 @@ def test_lokr_with_a_whole_w2_on_conv1d(tmp_path: Path) -> None:
     expected.get_parameter("line.weight").data += 80 / 8 * by_tap
     close(outputs(ours, example()), outputs(expected, example()))
     assert not torch.allclose(outputs(theirs, example()), outputs(expected, example()), atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["LoHaConfig", "LoKrConfig"])
+def test_padding_by_reflection_is_what_the_real_library_merges(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward pads what the update is applied to with zeros, whatever the layer's own mode is."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")).eval()
+
+    example = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(7))
+    monkeypatch.setitem(MODELS, "reflecting", (build, lambda: {"input": example}))
+    both_ways("reflecting", method, tmp_path, by=merged, r=1, target_modules=["0"])
 
 
 @pytest.mark.parametrize(("method", "prefix"), [("LoHaConfig", "hada"), ("LoKrConfig", "lokr")])
