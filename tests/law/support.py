@@ -35,8 +35,15 @@ REFUSED = {(case, layout.name): reason for case, layout in ALL_PAIRS if (reason 
 PAIRS = [(case, layout) for case, layout in ALL_PAIRS if (case, layout.name) not in REFUSED]
 
 
-def ids(pairs: Sequence[tuple[str, Layout]]) -> list[str]:
-    return [f"{case}/{layout.name}" for case, layout in pairs]
+# One layout of each kind. Further sets of options run on these by `make test`, and on all by `make test-all`.
+KINDS = ("linear", "conv2d-groups", "embedding", "layer-norm", "experts")
+
+
+def each(pair: tuple[str, Layout]) -> Any:
+    """A pair as a parameter of a test."""
+    case, layout = pair
+    further = case not in METHOD_CASES and layout.name not in KINDS
+    return pytest.param(case, layout, id=f"{case}/{layout.name}", marks=[pytest.mark.slow] if further else [])
 
 
 def acting(*layouts: str, once: bool = False) -> list[tuple[str, Layout]]:
@@ -45,7 +52,7 @@ def acting(*layouts: str, once: bool = False) -> list[tuple[str, Layout]]:
 
 
 def over(pairs: Sequence[tuple[str, Layout]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(("case", "layout"), pairs, ids=ids(pairs))
+    return pytest.mark.parametrize(("case", "layout"), [each(pair) for pair in pairs])
 
 
 every_pair = over(PAIRS)

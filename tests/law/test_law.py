@@ -122,16 +122,21 @@ def test_a_thousand_merges_in_bfloat16() -> None:
     assert not torch.equal(merged, before)
 
 
+# A method of each family: one that adds, one that scales, one that turns and one that looks at the weight.
+FAMILIES = {"LORA", "IA3", "HRA", "DELORA"}
+
+
+@pytest.mark.parametrize("others", ["families", pytest.param("all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", ["linear", "conv2d", "embedding", "experts", "layer-norm"])
 @pytest.mark.parametrize("first", METHOD_CASES)
-def test_stacked_pairs(first: str, layout: str) -> None:
+def test_stacked_pairs(first: str, layout: str, others: str) -> None:
     """Two adapters act one after the other, in the order in which they are active."""
     on = BY_NAME[layout]
     here = [case for case, x in acting(layout, once=True)]
     if first not in here:
         assert REFUSED[first, layout]
         return
-    for second in here:
+    for second in here if others == "all" else [case for case in here if case in FAMILIES | {first}]:
         model, example = on.model(), on.example()
         add(model, first, on, "a")
         add(model, second, on, "b")
