@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from sklearn.cluster import KMeans
+
+from inlay.methods.adamss import _k_means
 
 from .support import both_ways, same_steps
 
@@ -75,3 +80,12 @@ RATES = {
 def test_steps(case: str, tmp_path: Path) -> None:
     model, method, options = CASES[case]
     same_steps(model, method, tmp_path, rate=RATES[case], **options)
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+@pytest.mark.parametrize("seed", range(5))
+def test_k_means_is_that_of_scikit_learn(count: int, seed: int) -> None:
+    """AdaMSS' groups are in no file: the real library takes for granted that they come out the same."""
+    points = torch.randn(40, 5, generator=torch.Generator().manual_seed(seed))
+    known = KMeans(n_clusters=count, init="random", n_init=1, max_iter=10, random_state=123456789)
+    assert np.array_equal(_k_means(points, count, 10).numpy(), known.fit_predict(points.numpy()))

@@ -81,6 +81,7 @@ class AdamssConfig(LowRank):
     prefix: ClassVar[str] = "adamss_"
     equation: ClassVar[str] = "W_i + B_i A_i V' for each group i of rows, with V from the SVD of W"
     count_formula: ClassVar[str] = "subspace_rank * (out + r * num_subspaces)"
+    on_model: ClassVar[tuple[str, ...]] = ("update_and_allocate",)
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"r": 4, "num_subspaces": 3},
         "dynamic": {"r": 5, "num_subspaces": 2, "subspace_rank": 3, "use_dynamic_rank": True},
@@ -230,14 +231,14 @@ class AdamssConfig(LowRank):
             self._allocate(adapters, state["step"])
             state |= {"step": state["step"] + 1, "done": True}
 
-    def allocate(self, adapters: Sequence[Adapter], step: int) -> None:
+    def update_and_allocate(self, adapters: Sequence[Adapter], global_step: int) -> None:
         """What `stepped` does, for a loop that counts its steps itself; what was done for this step already is not done again."""
         if not self.use_asa:
             return
-        state = adapters[0].__dict__.setdefault("asa_state", {"step": step})
+        state = adapters[0].__dict__.setdefault("asa_state", {"step": global_step})
         if not state.get("done"):
-            self._allocate(adapters, step)
-        state |= {"step": step + 1, "done": False}
+            self._allocate(adapters, global_step)
+        state |= {"step": global_step + 1, "done": False}
 
     def _allocate(self, adapters: Sequence[Adapter], step: int) -> None:
         if not self.init_warmup <= step <= self.final_warmup:
