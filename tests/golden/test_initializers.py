@@ -306,6 +306,19 @@ def test_conversion_of_an_adapter_that_does_not_know_its_start(tmp_path: Path) -
     assert torch.isfinite(outputs(loaded, example())).all()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_tied_embeddings(tmp_path: Path) -> None:
+    build, example = MODELS["llama-tied"]
+    chosen = inlay.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["embed_tokens"], ensure_weight_tying=True)
+    ours = inlay.get_peft_model(build(), chosen)
+    close(outputs(ours, example()), outputs(build(), example()))
+    jitter(ours)
+    for path, converted in (("as-it-is", None), ("plain", "nowhere")):
+        ours.save_pretrained(tmp_path / path, path_initial_model_for_weight_conversion=converted)
+        close(outputs(inlay.PeftModel.from_pretrained(build(), tmp_path / path), example()), outputs(ours, example()))
+    close(outputs(peft.PeftModel.from_pretrained(build(), tmp_path / "plain"), example()), outputs(ours, example()))
+
+
 # ---- EVA ------------------------------------------------------------------------------------------------------------------
 def sloping(name: str = "llama") -> nn.Module:
     """A model whose activations have a spectrum that falls: the directions are then well determined."""

@@ -172,7 +172,7 @@ def _of_tied_ends(model: nn.Module, name: str) -> dict[str, Tensor]:
         if source is None:
             continue
         if isinstance(source.method, LowRank) and "lora_embedding_A" in source.declared:
-            a, b = source.method.factors(source)
+            a, b = source.lora_embedding_A, source.lora_embedding_B
             found |= {f"{place.path}.lora_A.weight": b.mT, f"{place.path}.lora_B.weight": a.mT}
         elif isinstance(source.method, TrainableTokensConfig) and not source.method.as_part:
             found[f"{place.path}.trainable_tokens_delta"] = source.trainable_tokens_delta

@@ -34,8 +34,9 @@ def as_plain_lora(
         ValueError: the adapter is no LoRA, or starts from a rounded weight; or the folder is needed and does not fit.
     """
     from ..core.inlaid import Adapter, Place, places
+    from ..core.targets import tied_paths
     from ..formats.folder import read_tensors, weight_files
-    from ..formats.state import key_in_file, slots
+    from ..formats.state import PREFIX, key_in_file, slots
     from ..methods.lora import LoraConfig
 
     if not isinstance(config, LoraConfig):
@@ -78,6 +79,11 @@ def as_plain_lora(
             now = slot.from_file(tensors[key])
             both = torch.cat((now, sign * start.to(now)), axis)
             found[key] = declared[factor].to_file(p.site, both)
+    for end, source in tied_paths(base).items():
+        # A tied head repeats the factors of its embedding.
+        for leaf, of in (("lora_A.weight", "lora_embedding_B"), ("lora_B.weight", "lora_embedding_A")):
+            if f"{PREFIX}{end}.{leaf}" in found and f"{PREFIX}{source}.{of}" in found:
+                found[f"{PREFIX}{end}.{leaf}"] = found[f"{PREFIX}{source}.{of}"].mT
     return found, wide
 
 
