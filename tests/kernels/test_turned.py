@@ -26,7 +26,7 @@ def butterfly(i: int, number: int, size: int) -> Tensor:
     taken = []
     for start in range(0, number * size, size * 2**i):
         halves = [list(range(at, at + size // 2)) for at in range(start, start + size * 2**i, size // 2)]
-        taken += sum(halves[::2] + halves[1::2], [])
+        taken += [place for half in halves[::2] + halves[1::2] for place in half]
     return torch.eye(number * size, dtype=torch.float64)[taken]
 
 
@@ -83,7 +83,7 @@ KERNELS: dict[str, tuple[Run, Run, list[tuple[int, ...]]]] = {
     "butterfly": (turned_by, chain, [(6, 2, 2)] * 2),
     "reflections": (turned.linear_reflected, reflected, [(IN, 3), (IN, 3)]),
     "shards": (lambda x, w, b, e: passing.linear_plus_shards(x, w, b, e, SCALE), sharded, [(OUT, 5)]),
-    "blocks of low rank": (lambda x, w, b, *q: blocks.linear_plus_blocks(x, w, b, *q, SCALE), blockwise, [(2, 6, 4), (2, 4, 4)]),
+    "blocks of low rank": (lambda x, w, b, p, q: blocks.linear_plus_blocks(x, w, b, p, q, SCALE), blockwise, [(2, 6, 4), (2, 4, 4)]),
     "core": (
         lambda x, w, b, c: core.linear_plus_core(x, None, w, b, FROZEN["a"], c, FROZEN["b"], SCALE),
         lambda x, w, b, c: F.linear(x, w + SCALE * FROZEN["b"] @ c @ FROZEN["a"], b),
@@ -95,7 +95,7 @@ KERNELS: dict[str, tuple[Run, Run, list[tuple[int, ...]]]] = {
         [(OUT,), (IN,)],
     ),
     "pairs": (
-        lambda x, w, b, *q: pairs.turn_pairs(F.linear(x, w, b), *q, 4),
+        lambda x, w, b, s, c: pairs.turn_pairs(F.linear(x, w, b), s, c, 4),
         lambda x, w, b, *q: paired(F.linear(x, w, b), *q),
         [(OUT,), (OUT,)],
     ),
@@ -108,7 +108,7 @@ def tensors(name: str, rows: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     shapes = [(rows, 1, IN), (OUT, IN), (OUT,), *KERNELS[name][2]]
     found = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    return *(q.requires_grad_() if i not in (1, 2) else q for i, q in enumerate(found)),
+    return (*(q.requires_grad_() if i not in (1, 2) else q for i, q in enumerate(found)),)
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -123,7 +123,8 @@ def test_output_and_gradients(name: str, rows: int, wide: bool, monkeypatch: pyt
     y, wanted = run(*given), formula(*given)
     torch.testing.assert_close(y, wanted)
     weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    for mine, right in zip(torch.autograd.grad((y * weight).sum(), trained), torch.autograd.grad((wanted * weight).sum(), trained), strict=True):
+    found, expected = (torch.autograd.grad((out * weight).sum(), trained) for out in (y, wanted))
+    for mine, right in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, right)
     with torch.no_grad():
         torch.testing.assert_close(run(*given), wanted)

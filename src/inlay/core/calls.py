@@ -41,7 +41,7 @@ def penalised(model: nn.Module, output: Any) -> Any:
         return output
     for name in session.choice().names:
         config = session.configs[name]
-        method = config.variant() if isinstance(config, Method) else None
+        method = config.acting() if isinstance(config, Method) else None
         if method is not None and type(method).penalty is not Method.penalty:
             extra = method.penalty(adapters_of(model, name))
             if extra is not None:

@@ -35,9 +35,7 @@ def linear_plus_core(
     return _forward(x, w, bias, a, core, b, scale)[0]
 
 
-def _forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, core: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, core: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     # With the long axis last: see `kernels.lowrank`.
     u = a @ rows_of(x, a.dtype).t()
     if folding_pays(u.shape[1], w, a.dtype):

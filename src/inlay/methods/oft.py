@@ -146,4 +146,3 @@ class OFTConfig(Rotation):
         y = inner(x)
         rows = y.reshape(-1, y.shape[-1]).to(full(y).dtype)
         return self.turn(p, rows, inverse=True, training=p.training).reshape(y.shape).to(y.dtype)
-
