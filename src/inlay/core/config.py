@@ -199,7 +199,12 @@ class PeftConfig:
             warnings.warn(
                 f"{path} asks to trust code that comes with a tokenizer. Only you can: set `tokenizer_kwargs` yourself.", stacklevel=2
             )
-        return cls.from_peft_type(**plain)
+        found = cls.from_peft_type(**plain)
+        found.read_from(path.parent)
+        return found
+
+    def read_from(self, folder: Path) -> None:
+        """Called with the folder that the configuration was read from."""
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:

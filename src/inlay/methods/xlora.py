@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -35,7 +36,8 @@ class XLoraConfig(Method):
 
     Args:
         hidden_size: of the base; read from it where None.
-        adapters: the adapters by name, as folders or repositories. One that the model has already is used as it is.
+        adapters: the adapters by name, as folders or repositories. One that the model has already is used as it is, and one that
+            was saved beside the router is read from there.
         enable_softmax: shares sum to one.
         enable_softmax_topk: those of the best ``top_k_lora`` do.
         layerwise_scalings: shares of their own for each layer.
@@ -87,6 +89,12 @@ class XLoraConfig(Method):
             warnings.warn("`enable_softmax_topk` chooses among the best `top_k_lora`, which is not set.", stacklevel=3)
         if self.enable_softmax_topk and self.enable_softmax:
             warnings.warn("`enable_softmax` and `enable_softmax_topk` normalise the shares twice; choose one.", stacklevel=3)
+
+    def read_from(self, folder: Path) -> None:
+        # What was saved beside the router is what it was trained with.
+        saved = {name: folder / name for name in self.adapters or ()}
+        here = {name: str(path) for name, path in saved.items() if (path / "adapter_config.json").is_file()}
+        self.adapters = (self.adapters or {}) | here
 
     def to_file(self) -> dict[str, Any]:
         # Where the adapters are is for their own files to say.
