@@ -97,6 +97,14 @@ from .model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswerin
 from .model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .model import PeftModelForTokenClassification as PeftModelForTokenClassification
+from .prompts.cartridge import CartridgeConfig as CartridgeConfig
+from .prompts.cartridge import compose_cartridge_adapters as compose_cartridge_adapters
+from .prompts.cartridge import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
+from .prompts.cartridge import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
+from .prompts.cartridge import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
+from .prompts.cpt import CPTConfig as CPTConfig
+from .prompts.multitask import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+from .prompts.multitask import MultitaskPromptTuningInit as MultitaskPromptTuningInit
 from .prompts.p_tuning import PromptEncoderConfig as PromptEncoderConfig
 from .prompts.p_tuning import PromptEncoderReparameterizationType as PromptEncoderReparameterizationType
 from .prompts.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig

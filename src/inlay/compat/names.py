@@ -15,7 +15,7 @@ from typing import Any
 _MODULES = """
 peft peft.auto peft.config peft.functional peft.helpers peft.import_utils peft.mapping peft.mapping_func peft.mixed_model
 peft.optimizers peft.optimizers.lorafa peft.optimizers.loraplus peft.optimizers.riemannian peft.peft_model peft.tuners
-peft.tuners.lora.corda peft.tuners.lora.intruders peft.tuners.lora.eva peft.tuners.lora.loraga peft.tuners.tuners_utils
+peft.tuners.lora.corda peft.tuners.lora.intruders peft.tuners.cartridge.utils peft.tuners.lora.eva peft.tuners.lora.loraga peft.tuners.tuners_utils
 peft.utils peft.utils.constants peft.utils.error peft.utils.hotswap peft.utils.loftq_utils peft.utils.other
 peft.utils.peft_types peft.utils.save_and_load peft.utils.transformers_weight_conversion peft.utils.warning
 """
@@ -31,8 +31,12 @@ _HOMES = {
         "LoraRuntimeConfig MODEL_TYPE_TO_PEFT_MODEL_MAPPING NoMatchingPeftModuleError PEFT_TYPE_TO_CONFIG_MAPPING PeftConfig "
         "PeftMixedModel PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification PeftType PromptLearningConfig "
-        "PromptTuningInit TaskType cast_mixed_precision_params get_layer_status get_model_status get_peft_config get_peft_model "
+        "MultitaskPromptTuningInit PromptEncoderReparameterizationType PromptTuningInit TaskType cast_mixed_precision_params get_layer_status get_model_status get_peft_config get_peft_model "
         "get_peft_model_state_dict inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training set_peft_model_state_dict"
+    ),
+    "inlay.prompts.cartridge": (
+        "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
+        "prompt_embeddings_from_past_key_values"
     ),
     "inlay.initializers.corda": "CordaConfig CordaEigens preprocess_corda",
     "inlay.initializers.eva": (
@@ -75,13 +79,13 @@ _HOMES = {
     ),
 }  # fmt: skip
 HOMES = {name: home for home, names in _HOMES.items() for name in names.split()}
+# One class holds the tensors of every prompt; libraries ask whether a module is one.
+_ENCODERS = "CPTEmbedding CartridgeEncoder MultitaskPromptEmbedding PrefixEncoder PromptEmbedding PromptEncoder"
+HOMES |= {name: "inlay.prompts.prompt:Prompt" for name in _ENCODERS.split()}
 HOMES["INCLUDE_LINEAR_LAYERS_SHORTHAND"] = "inlay.core.targets:ALL_LINEAR"
 HOMES["__version__"] = "inlay.core.config:PEFT_VERSION"
 
 _NEEDS_TRANSFORMERS = ("inlay.compat.loading",)
-
-# Libraries import these at their top and only compare with them.
-_COMPARED_WITH = {"PrefixTuningConfig": "PREFIX_TUNING"}
 
 
 def is_module(fullname: str) -> bool:
@@ -103,7 +107,7 @@ def resolve(module: ModuleType, name: str) -> Any:
         return [n for n in listing(module) if not n.startswith("_") and HOMES.get(n) not in _NEEDS_TRANSFORMERS]
     if name.startswith("__") and name not in HOMES:
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-    for find in (_listed, _of_a_method, _layer_kind, _table, _submodule, _compared_with):
+    for find in (_listed, _of_a_method, _layer_kind, _table, _submodule):
         found = find(module.__name__, name)
         if found is not None:
             # Found by the import system from now on, without coming here.
@@ -182,14 +186,3 @@ def _table(_: str, name: str) -> Any:
 def _submodule(module: str, name: str) -> ModuleType | None:
     """With HF peft, ``import peft`` brings its modules with it."""
     return importlib.import_module(f"{module}.{name}") if is_module(f"{module}.{name}") else None
-
-
-def _compared_with(_: str, name: str) -> Any:
-    if name not in _COMPARED_WITH:
-        return None
-    from ..core.config import PromptLearningConfig
-
-    def refuse(self: Any, *_: Any, **__: Any) -> None:
-        raise NotImplementedError(f"Inlay does not have {name} yet.")
-
-    return type(name, (PromptLearningConfig,), {"__init__": refuse, "__module__": __name__})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import p_tuning, prefix_tuning, prompt_tuning
+from . import cartridge, cpt, multitask, p_tuning, prefix_tuning, prompt_tuning
 from .adapters import attach_prompt, load_prompt, prompt_tensors, show_trainable
 from .method import PromptMethod
 from .prompt import Prompt
@@ -12,9 +12,12 @@ __all__ = [
     "Prompt",
     "PromptMethod",
     "attach_prompt",
+    "cartridge",
+    "cpt",
     "forward_with_prompt",
     "generate_with_prompt",
     "load_prompt",
+    "multitask",
     "p_tuning",
     "prefix_tuning",
     "prompt_tensors",

@@ -76,7 +76,8 @@ class CachedMethod(PromptMethod):
         mask, positions = ("decoder_attention_mask", "decoder_position_ids") if decoder else ("attention_mask", "position_ids")
 
         def prepare(own: Callable[..., dict[str, Any]], input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-            cache = kwargs.get("past_key_values")
+            # Without a cache, models hand on the one that they were given all the same.
+            cache = kwargs.get("past_key_values") if kwargs.get("use_cache", True) else None
             if not tokens_in(cache):
                 kwargs["past_key_values"] = self.filled(cache, base, for_rows(vectors, len(input_ids)))
             elif kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length") is not None:

@@ -36,7 +36,12 @@ def lstm(name: str, inputs: int, hidden: int, layers: int) -> dict[str, Param]:
     for layer in range(layers):
         for end in ("", "_reverse"):
             seen = inputs if layer == 0 else 2 * hidden
-            shapes = {"weight_ih": (4 * hidden, seen), "weight_hh": (4 * hidden, hidden), "bias_ih": (4 * hidden,), "bias_hh": (4 * hidden,)}
+            shapes = {
+                "weight_ih": (4 * hidden, seen),
+                "weight_hh": (4 * hidden, hidden),
+                "bias_ih": (4 * hidden,),
+                "bias_hh": (4 * hidden,),
+            }
             found |= {f"{name}.{part}_l{layer}{end}": Param(shape, start) for part, shape in shapes.items()}
     return found
 

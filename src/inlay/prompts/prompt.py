@@ -70,6 +70,18 @@ class Prompt(nn.Module):
             value = value.to(device, old.dtype)
             table[leaf] = nn.Parameter(value, requires_grad=old.requires_grad) if param.trainable else value  # type: ignore[assignment]
 
+    @torch.no_grad()
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
+        """Set the vectors, by the one tensor that a file has of them.
+
+        Raises:
+            ValueError: a network makes the vectors, or the shape is another.
+        """
+        (slot,) = self.slots("")
+        if slot.key != "prompt_embeddings" or slot.shape != tuple(prompt_embeddings.shape):
+            raise ValueError(f"This prompt holds {slot.key} of {slot.shape}, and `prompt_embeddings` are {tuple(prompt_embeddings.shape)}.")
+        slot.put(prompt_embeddings)
+
     def with_values(self, state: dict[str, Tensor]) -> Prompt:
         """The same adapter with the values of a state dict.
 

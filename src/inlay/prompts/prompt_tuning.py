@@ -47,14 +47,15 @@ class PromptTuningConfig(PromptMethod):
     tokenizer_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "Arguments for loading the tokenizer."})
 
     paper: ClassVar[str] = "arXiv 2104.08691"
+    inits: ClassVar[type[enum.StrEnum]] = PromptTuningInit
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = [i.value for i in PromptTuningInit]
+        known = [i.value for i in self.inits]
         chosen = self.prompt_tuning_init
         if chosen not in known:
             raise ValueError(f"prompt_tuning_init={chosen!r} is unknown.{nearest(str(chosen), known)} Known: {', '.join(known)}.")
-        self.prompt_tuning_init = PromptTuningInit(chosen)
+        self.prompt_tuning_init = self.inits(chosen)  # type: ignore[assignment]
         if self.prompt_tuning_init == PromptTuningInit.TEXT:
             for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
                 if not getattr(self, name):
