@@ -83,8 +83,8 @@ class AdamssConfig(LowRank):
     count_formula: ClassVar[str] = "subspace_rank * (out + r * num_subspaces)"
     on_model: ClassVar[tuple[str, ...]] = ("update_and_allocate",)
     examples: ClassVar[dict[str, dict[str, Any]]] = {
-        "": {"r": 4, "num_subspaces": 3},
-        "dynamic": {"r": 5, "num_subspaces": 2, "subspace_rank": 3, "use_dynamic_rank": True},
+        "": {"r": 4, "num_subspaces": 1, "subspace_rank": 2},
+        "dynamic": {"r": 5, "num_subspaces": 1, "subspace_rank": 3, "use_dynamic_rank": True},
         "dropout": {"r": 3, "num_subspaces": 2, "input_dropout": 0.3, "init_weights": None},
     }
     ours: ClassVar[frozenset[str]] = Method.ours | {"exclude_modules"}
