@@ -79,6 +79,10 @@ class Saved:
         self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def add(self, tensor: Any) -> None:
+        if tensor.is_sparse:
+            for part in (tensor._indices(), tensor._values()):
+                self.add(part)
+            return
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._parameters:
             # The reference keeps the address from being used again.

@@ -92,7 +92,7 @@ def piecewise(gather: Gather, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Te
     used again where asking the system for more would cost as much as the work."""
     step = max(MANY // (g.shape[1] + x.shape[1]), 64) if g.device.type == "cpu" else max(len(g), 1)
     parts = [gather(some, of, *values) for some, of in zip(g.split(step), x.split(step), strict=True)]
-    return tuple(sum(same[1:], same[0]) for same in zip(*parts, strict=True))
+    return parts[0] if len(parts) == 1 else tuple(torch.stack(same).sum(0) for same in zip(*parts, strict=True))
 
 
 # ---- single entries ---------------------------------------------------------------------------------------------------------
