@@ -15,8 +15,8 @@ from typing import Any
 _MODULES = """
 peft peft.auto peft.config peft.functional peft.helpers peft.import_utils peft.mapping peft.mapping_func peft.mixed_model
 peft.optimizers peft.optimizers.lorafa peft.optimizers.loraplus peft.optimizers.riemannian peft.peft_model peft.tuners
-peft.tuners.lora.corda peft.tuners.lora.intruders peft.tuners.cartridge.utils peft.tuners.lora.eva peft.tuners.lora.loraga peft.tuners.tuners_utils
-peft.utils peft.utils.constants peft.utils.error peft.utils.hotswap peft.utils.loftq_utils peft.utils.other
+peft.tuners.lora.corda peft.tuners.lora.intruders peft.tuners.lora.eva peft.tuners.lora.loraga peft.tuners.tuners_utils
+peft.tuners.cartridge.utils peft.utils peft.utils.constants peft.utils.error peft.utils.hotswap peft.utils.loftq_utils peft.utils.other
 peft.utils.peft_types peft.utils.save_and_load peft.utils.transformers_weight_conversion peft.utils.warning
 """
 MODULES = frozenset(_MODULES.split())
@@ -31,7 +31,8 @@ _HOMES = {
         "LoraRuntimeConfig MODEL_TYPE_TO_PEFT_MODEL_MAPPING NoMatchingPeftModuleError PEFT_TYPE_TO_CONFIG_MAPPING PeftConfig "
         "PeftMixedModel PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification PeftType PromptLearningConfig "
-        "MultitaskPromptTuningInit PromptEncoderReparameterizationType PromptTuningInit TaskType cast_mixed_precision_params get_layer_status get_model_status get_peft_config get_peft_model "
+        "MultitaskPromptTuningInit PromptEncoderReparameterizationType "
+        "PromptTuningInit TaskType cast_mixed_precision_params get_layer_status get_model_status get_peft_config get_peft_model "
         "get_peft_model_state_dict inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training set_peft_model_state_dict"
     ),
     "inlay.prompts.cartridge": (
@@ -81,7 +82,7 @@ _HOMES = {
 HOMES = {name: home for home, names in _HOMES.items() for name in names.split()}
 # One class holds the tensors of every prompt; libraries ask whether a module is one.
 _ENCODERS = "CPTEmbedding CartridgeEncoder MultitaskPromptEmbedding PrefixEncoder PromptEmbedding PromptEncoder"
-HOMES |= {name: "inlay.prompts.prompt:Prompt" for name in _ENCODERS.split()}
+HOMES |= dict.fromkeys(_ENCODERS.split(), "inlay.prompts.prompt:Prompt")
 HOMES["INCLUDE_LINEAR_LAYERS_SHORTHAND"] = "inlay.core.targets:ALL_LINEAR"
 HOMES["__version__"] = "inlay.core.config:PEFT_VERSION"
 

@@ -74,7 +74,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
     def start(self, p: Prompt, words: nn.Module) -> None:
         if self.prompt_tuning_init not in _FROM_FILE or self.inference_mode:
-            return super().start(p, words)
+            super().start(p, words)
+            return
         source = _read(self.prompt_tuning_init_state_dict_path, str(self.prompt_tuning_init))
         values = {"embedding.weight": source["prompt_embeddings"]}
         for name in ("prefix_task_cols", "prefix_task_rows"):
@@ -135,10 +136,14 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             if kwargs.get("decoder_attention_mask") is not None:
                 kwargs["decoder_attention_mask"] = mask_before(kwargs["decoder_attention_mask"], n, begun=True, causal=True)
             fresh = not kwargs.get("use_cache", True) or not tokens_in(kwargs.get("past_key_values"))
-            inputs = own(input_ids, **kwargs)
-            if fresh:
-                ids = inputs.pop("decoder_input_ids")
-                inputs["decoder_inputs_embeds"] = joined(for_rows(decoder, len(ids)), words(ids))
+            if not fresh:
+                return own(input_ids, **kwargs)
+            if kwargs.get("next_sequence_length") is not None:
+                kwargs["next_sequence_length"] += n
+            # The base counts tokens for its masks; those in the place of virtual ones are not looked at.
+            inputs = own(before(input_ids, n, 0), **kwargs)
+            del inputs["decoder_input_ids"]
+            inputs["decoder_inputs_embeds"] = joined(for_rows(decoder, len(input_ids)), words(input_ids))
             return inputs
 
         model: Any = generating(base, n, prepare)
