@@ -49,7 +49,7 @@ SENTENCES = [
 RATES = {
     "IA3": 3e-2, "BEFT": 2e-2, "HRA": 2e-2, "VERA": 0.1, "LN_TUNING": 1e-2, "TRAINABLE_TOKENS": 1e-2, "FULL": 3e-4, "OSF": 2e-3,
     "MISS": 1e-3, "BONE": 1e-3, "PEANUT": 1e-3, "DELORA": 1e-3, "RANDLORA": 1e-3, "FOURIERFT": 1e-1, "PVERA": 1e-1, "C3A": 0.3,
-    "UNILORA": 0.3, "TINYLORA": 3e-2, "VBLORA": 3e-2,
+    "UNILORA": 0.3, "TINYLORA": 1e-2, "VBLORA": 3e-2,
 }  # fmt: skip
 RATE = 1e-2
 # What a method needs beside the modules, and modules where the common ones are not what it is for.
