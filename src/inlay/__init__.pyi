@@ -39,6 +39,7 @@ from .initializers.loftq import LoftQConfig as LoftQConfig
 from .initializers.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
 from .initializers.loraga import LoraGAConfig as LoraGAConfig
 from .initializers.loraga import preprocess_loraga as preprocess_loraga
+from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.adamss import AdamssConfig as AdamssConfig
 from .methods.beft import BeftConfig as BeftConfig

@@ -192,6 +192,6 @@ def compose_cartridge_adapters(adapter_paths: Sequence[str | Path], *, output_pa
                 raise ValueError(
                     f"{path} has {name}={getattr(config, name)}, and the first {getattr(first, name)}; they do not go together."
                 )
-    together = torch.cat([load_peft_weights(p, "cpu")["prompt_embeddings"] for p in adapter_paths])
+    together = torch.cat([load_peft_weights(str(p), "cpu")["prompt_embeddings"] for p in adapter_paths])
     composed: Any = replace(first, num_virtual_tokens=len(together))  # type: ignore[type-var]
     write_adapter(output_path, {"prompt_embeddings": together}, composed.to_file(), safe_serialization=safe_serialization)

@@ -48,7 +48,7 @@ def lstm(name: str, inputs: int, hidden: int, layers: int) -> dict[str, Param]:
 
 def run_lstm(p: Prompt, name: str, x: Tensor, layers: int, dropout: float) -> Tensor:
     """``(tokens, inputs)`` to ``(tokens, 2 * hidden)``."""
-    weights = list(p.get_submodule(name).parameters())
+    weights: list[Tensor] = list(p.get_submodule(name).parameters())
     hidden = weights[1].shape[1]
     state = x.new_zeros(2 * layers, 1, hidden)
     out, _, _ = torch.lstm(x[None], (state, state), weights, True, layers, dropout, dropout > 0, True, True)

@@ -1,0 +1,96 @@
+"""LLaMA-Adapter against HF peft."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import inlay
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+SPREAD = {"initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+BASES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **SPREAD)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, **SPREAD, num_key_value_heads=2)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64, **SPREAD)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, **SPREAD, num_key_value_heads=2, head_dim=16)),
+}
+IDS = torch.randint(3, 64, (3, 7), generator=torch.Generator().manual_seed(1))
+
+
+def base(name):
+    torch.manual_seed(0)
+    return BASES[name]().eval()
+
+
+def wrapped(library, name, **options):
+    config = library.AdaptionPromptConfig(task_type="CAUSAL_LM", **{"adapter_len": 4, "adapter_layers": 2} | options)
+    return library.get_peft_model(base(name), config).eval()
+
+
+def randomised(model):
+    generator = torch.Generator().manual_seed(3)
+    for q in model.parameters():
+        if q.requires_grad:
+            q.data.normal_(generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_both_ways_and_five_steps(name, tmp_path):
+    theirs = randomised(wrapped(peft, name))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = inlay.PeftModel.from_pretrained(base(name), tmp_path / "theirs", is_trainable=True).eval()
+    expected = theirs(IDS).logits
+    assert (ours(IDS).logits - expected).abs().max() < 1e-5
+    assert (base(name)(IDS).logits - expected).abs().max() > 1e-2
+    with ours.disable_adapter():
+        assert torch.equal(ours(IDS).logits, base(name)(IDS).logits)
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(base(name), tmp_path / "ours").eval()
+    assert (again(IDS).logits - expected).abs().max() < 1e-5
+    mine, other = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs"))
+    assert mine | {"base_model_name_or_path": None, "inference_mode": True} == other | {"base_model_name_or_path": None}
+    options = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(ours.generate(**options), theirs.generate(**options))
+    losses = []
+    for model in (ours, theirs):
+        optimiser = torch.optim.AdamW([q for q in model.parameters() if q.requires_grad], lr=1e-2)
+        losses.append([])
+        for _ in range(5):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_it_starts_as_the_base_in_the_last_blocks(name):
+    options = {"target_modules": "self_attn"} if name == "qwen3" else {}
+    model = wrapped(inlay, name, **options)
+    assert torch.equal(model(IDS).logits, base(name)(IDS).logits)
+    trained = [n for n, q in model.named_parameters() if q.requires_grad]
+    assert len(trained) == 4
+    assert all(".1." in n or ".2." in n for n in trained)
+    randomised(model)
+    assert (model(IDS).logits - base(name)(IDS).logits).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="adapter_layers=9, and the base has 3"):
+        wrapped(inlay, name, adapter_layers=9, **options)
+    with pytest.raises(ValueError, match="adapter_len=None: say how many"):
+        wrapped(inlay, name, adapter_len=None, **options)
