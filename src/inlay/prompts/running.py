@@ -72,7 +72,7 @@ def chosen(peft_model: PeftModel, inputs: dict[str, Any]) -> tuple[PromptMethod,
     choice = peft_model.session.choice()
     prompts = {n: peft_model.prompt_encoder[n] for n in choice.rows or choice.names if n in peft_model.prompt_encoder}
     methods: list[PromptMethod] = [p.method for p in prompts.values()]  # type: ignore[misc]
-    if len({type(m) for m in methods}) > 1:
+    if len({m.peft_type for m in methods}) > 1:
         kinds = ", ".join(f"{n} is {m.peft_type}" for n, m in zip(prompts, methods, strict=True))
         raise ValueError(f"Prompts of several methods cannot act together ({kinds}); use one at a time.")
     options = {name: inputs.pop(name) for name in methods[0].options if name in inputs}
