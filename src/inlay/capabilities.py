@@ -254,11 +254,14 @@ def _counts(cls: type[Method]) -> tuple[int | None, int]:
 
 def _needed(cls: type[Method]) -> dict[str, Any]:
     """Options without which a configuration cannot be made at all."""
-    try:
-        cls(target_modules=["host"])
-    except (ValueError, TypeError):
-        return next(iter(cls.examples.values()))
-    return {}
+    example = next(iter(cls.examples.values()))
+    for needed in ({}, *({name: value} for name, value in example.items())):
+        try:
+            cls(target_modules=["host"], **needed)
+        except (ValueError, TypeError):
+            continue
+        return needed
+    return example
 
 
 def _formula(cls: type[Method]) -> str:

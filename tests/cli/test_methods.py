@@ -12,7 +12,7 @@ import pytest
 from inlay.capabilities import capabilities, method_names
 from inlay.cli.train import take_adapter_flags
 from inlay.core.method import METHODS
-from inlay.training.adapters import build_config
+from inlay.training.adapters import build_config, is_switch
 
 NAMES = method_names()
 
@@ -54,7 +54,7 @@ def test_every_field_is_a_flag(name: str) -> None:
         words: list[str] = []
         for key, value in options.items():
             flag = f"--{key.replace('_', '-')}"
-            words += [flag if value is True else f"{flag}={value if isinstance(value, str) else json.dumps(value)}"]
+            words += [flag if value is True and is_switch(name.lower(), key) else f"{flag}={value if isinstance(value, str) else json.dumps(value)}"]
         given, rest = take_adapter_flags(words, set(), name.lower())
         assert rest == []
         built: Any = build_config(name.lower(), given)

@@ -49,6 +49,7 @@ class BOFTConfig(Rotation):
 
     prefix: ClassVar[str] = "boft_"
     paper: ClassVar[str] = "2311.06243"
+    count_formula: ClassVar[str] = "boft_n_butterfly_factor·in·boft_block_size + out"
     equation: ClassVar[str] = "diag(s) W (P1 B1 P1' ... Pm Bm Pm')', B block-diagonal and orthogonal"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"boft_block_size": 2},

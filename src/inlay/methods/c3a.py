@@ -43,6 +43,7 @@ class C3AConfig(Spread):
 
     prefix: ClassVar[str] = "c3a_"
     paper: ClassVar[str] = "2407.19342"
+    count_formula: ClassVar[str] = "in·out / block_size"
     equation: ClassVar[str] = "W + C / in, C of circulant blocks"
     patterns: ClassVar[dict[str, str]] = {"block_size_pattern": "block_size"}
     ours: ClassVar[frozenset[str]] = (Method.ours - {"bias"}) | {"exclude_modules"}

@@ -73,7 +73,7 @@ class FrodConfig(Spread):
 
     prefix: ClassVar[str] = "frod_"
     equation: ClassVar[str] = "U (diag(l) + S) V', where W = U diag(l0) V' and V is shared"
-    count_formula: ClassVar[str] = "in + sparse_rate * in^2"
+    count_formula: ClassVar[str] = "in + sparse_rate·in^2"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"sparse_rate": 0.2}, "dropout": {"sparse_rate": 0.1, "frod_dropout": 0.3}
     }  # fmt: skip

@@ -53,6 +53,7 @@ class GloraConfig(Method):
 
     prefix: ClassVar[str] = "glora_"
     paper: ClassVar[str] = "2306.07967"
+    count_formula: ClassVar[str] = "4·r·(in + out) at most, by what each part is configured to be"
     equation: ClassVar[str] = "W + W * A + B, b + b * D + E + W C"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"r": 2},

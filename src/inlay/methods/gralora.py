@@ -52,6 +52,7 @@ class GraloraConfig(Additive):
 
     prefix: ClassVar[str] = "gralora_"
     paper: ClassVar[str] = "2505.20355"
+    count_formula: ClassVar[str] = "r·in + out·r"
     equation: ClassVar[str] = "W + s D, D of k x k blocks Bij Aij"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"r": 4, "alpha": 3},

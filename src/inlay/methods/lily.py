@@ -57,7 +57,7 @@ class LilyConfig(Method):
     prefix: ClassVar[str] = "lily_"
     paper: ClassVar[str] = "2407.09946"
     equation: ClassVar[str] = "y + s (sum_e p_e B_e) A x, with p the router's mean over the batch"
-    count_formula: ClassVar[str] = "r * (in + num_B * (out + 1))"
+    count_formula: ClassVar[str] = "r·(in + num_B·(out + 1))"
     unmergeable: ClassVar[str] = (
         "Lily cannot be merged: its router weighs the factors anew for each batch, so the layer is no function of its weight."
     )

@@ -53,6 +53,7 @@ class LNTuningConfig(Method):
 
     prefix: ClassVar[str] = "ln_tuning_"
     paper: ClassVar[str] = "2312.11420"
+    count_formula: ClassVar[str] = "as many as the layer has"
     equation: ClassVar[str] = "W', b' in place of W, b"
     ours: ClassVar[frozenset[str]] = Method.ours | {"layers_to_transform", "layers_pattern"}
 

@@ -37,6 +37,7 @@ class LoHaConfig(Lycoris, LowRank):
 
     prefix: ClassVar[str] = "hada_"
     paper: ClassVar[str] = "2108.06098"
+    count_formula: ClassVar[str] = "2·r·in + 2·out·r"
     equation: ClassVar[str] = "W + s (A1 B1) * (A2 B2)"
     ours: ClassVar[frozenset[str]] = Method.ours
     examples: ClassVar[dict[str, dict[str, Any]]] = {

@@ -52,6 +52,7 @@ class LoKrConfig(Lycoris):
 
     prefix: ClassVar[str] = "lokr_"
     paper: ClassVar[str] = "2309.14859"
+    count_formula: ClassVar[str] = "about r·(sqrt(in) + sqrt(out))"
     equation: ClassVar[str] = "W + s kron(w1, w2)"
     ours: ClassVar[frozenset[str]] = Method.ours
     examples: ClassVar[dict[str, dict[str, Any]]] = {

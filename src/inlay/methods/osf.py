@@ -55,6 +55,7 @@ class OSFConfig(Additive):
 
     prefix: ClassVar[str] = "osf_"
     paper: ClassVar[str] = "2504.07097"
+    count_formula: ClassVar[str] = "effective_rank·(in + out + 1)"
     equation: ClassVar[str] = "W - U0 S0 V0 + U S V"
     ours: ClassVar[frozenset[str]] = Method.ours | {"exclude_modules", "layers_to_transform", "layers_pattern"}
     examples: ClassVar[dict[str, dict[str, Any]]] = {

@@ -64,6 +64,7 @@ class PolyConfig(LowRank):
 
     prefix: ClassVar[str] = "poly_"
     paper: ClassVar[str] = "2202.13914"
+    count_formula: ClassVar[str] = "n_skills·r·(in + out) + n_tasks·n_skills·n_splits"
     equation: ClassVar[str] = "W + (sum_k g_tk B_k) (sum_k g_tk A_k) / r"
     takes: ClassVar[tuple[str, ...]] = ("task_ids",)
     ours: ClassVar[frozenset[str]] = Method.ours | {"layers_to_transform", "layers_pattern"}

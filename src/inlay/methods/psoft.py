@@ -72,6 +72,7 @@ class PsoftConfig(LowRank):
 
     prefix: ClassVar[str] = "psoft_"
     paper: ClassVar[str] = "2505.11235"
+    count_formula: ClassVar[str] = "r·(r - 1) / 2 + 2·r"
     equation: ClassVar[str] = "W + s B (diag(b) R diag(a) - I) A, R orthogonal, s B A the best of rank r for W"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"r": 3, "psoft_alpha": 2},

@@ -58,7 +58,7 @@ class RandLoraConfig(Spread):
     prefix: ClassVar[str] = "randlora_"
     paper: ClassVar[str] = "2502.00987"
     equation: ClassVar[str] = "W + s sum_n B_n diag(lambda_n) A diag(gamma_n), with B_n and A frozen and shared"
-    count_formula: ClassVar[str] = "min(in, out) * (1 + min(in, out) / r)"
+    count_formula: ClassVar[str] = "min(in, out)·(1 + min(in, out) / r)"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"r": 4, "randlora_alpha": 8},
         "sparse": {"r": 6, "randlora_alpha": 6, "sparse": True, "projection_prng_key": 99},

@@ -47,6 +47,7 @@ class ShiraConfig(Spread):
 
     prefix: ClassVar[str] = "shira_"
     paper: ClassVar[str] = "2406.13175"
+    count_formula: ClassVar[str] = "r·in + out·r"
     equation: ClassVar[str] = "W + S, S sparse"
     ours: ClassVar[frozenset[str]] = Method.ours | {"exclude_modules", "layers_pattern", "layers_to_transform"}
     examples: ClassVar[dict[str, dict[str, Any]]] = {"": {"r": 1}, "dropout": {"r": 1, "random_seed": 4, "input_dropout": 0.3}}

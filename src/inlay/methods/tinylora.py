@@ -65,6 +65,7 @@ class TinyLoraConfig(LowRank):
 
     prefix: ClassVar[str] = "tinylora_"
     paper: ClassVar[str] = "2602.04118"
+    count_formula: ClassVar[str] = "a share of a vector of u numbers"
     equation: ClassVar[str] = "W + B (sum_i v_i P_i) A, with A, B from the SVD of W, P_i random and v shared"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"u": 5},

@@ -68,6 +68,7 @@ class UniLoraConfig(LowRank):
 
     prefix: ClassVar[str] = "unilora_"
     paper: ClassVar[str] = "2506.00799"
+    count_formula: ClassVar[str] = "a share of a vector of theta_d_length numbers"
     equation: ClassVar[str] = "W + B A, with (A, B) of all layers = P theta, P a fixed random projection"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"r": 3, "theta_d_length": 11}, "dropout": {"r": 2, "theta_d_length": 7, "unilora_dropout": 0.3, "save_indices": True}

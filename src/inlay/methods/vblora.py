@@ -59,7 +59,7 @@ class VBLoRAConfig(LowRank):
     prefix: ClassVar[str] = "vblora_"
     paper: ClassVar[str] = "2405.15179"
     equation: ClassVar[str] = "W + B A, with the pieces of B and A mixed from the k best of a shared bank of vectors"
-    count_formula: ClassVar[str] = "r * num_vectors * (in + out) / vector_length"
+    count_formula: ClassVar[str] = "r·num_vectors·(in + out) / vector_length"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"r": 2, "num_vectors": 7, "vector_length": 2},
         "dropout": {"r": 3, "num_vectors": 5, "vector_length": 1, "topk": 3, "vblora_dropout": 0.3},
