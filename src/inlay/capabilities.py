@@ -22,6 +22,7 @@ from .core.families import Rotation
 from .core.inlaid import Adapter, Inner
 from .core.method import Additive, LowRank, Method
 from .core.site import Read, Site, Stack, site_of
+from .methods.lora import LoraConfig
 
 # One host of each layout, with sizes that differ.
 HOSTS: dict[str, Callable[[], Site]] = {
@@ -80,6 +81,7 @@ class Capabilities:
         count: the same as a number, with default options for a layer of 4096 x 4096; None where the defaults do not fit it.
         shared: how many numbers all layers have in common, with default options and one such layer.
         fields: its own options; ``common`` are those of all methods.
+        starts: what its factors can start from, beside true and false.
         lines: of its file.
     """
 
@@ -101,6 +103,7 @@ class Capabilities:
     shared: int
     fields: list[Field] = field(default_factory=list)
     common: list[str] = field(default_factory=list)
+    starts: list[str] = field(default_factory=list)
     lines: int = 0
 
 
@@ -134,9 +137,18 @@ def capabilities(name: str) -> Capabilities:
         paper=getattr(cls, "paper", "").removeprefix("arXiv ").strip(),
         fields=own,
         common=common,
+        starts=_starts(cls, module),
         lines=len(source.splitlines()),
         **found,
     )
+
+
+def _starts(cls: type[PeftConfig], module: Any) -> list[str]:
+    if issubclass(cls, LoraConfig):
+        from .initializers import NAMES
+
+        return list(NAMES)
+    return list(getattr(module, "INITS", ()))
 
 
 def _first_sentence(text: str) -> str:

@@ -28,6 +28,7 @@ def test_the_list_and_one_method() -> None:
     assert (lora["parameters"], lora["count"], lora["to_lora"], lora["merges"]) == ("r·in + out·r", 65536, "exact", True)
     assert {"name": "r", "default": 8, "help": "Rank of the update."} in lora["fields"]
     assert lora["refused"] == {}
+    assert {"pissa", "olora", "eva", "corda", "loftq", "lora_ga", "orthogonal", "gaussian", "mica"} <= set(lora["starts"])
     shown = run("methods", "lora").stdout
     for word in ("W + s B A", "2106.09685", "--lora-alpha", "--target-modules", "65,536"):
         assert word in shown
