@@ -116,5 +116,9 @@ from .state_dict import load_peft_weights as load_peft_weights
 from .state_dict import set_peft_model_state_dict as set_peft_model_state_dict
 from .status import get_layer_status as get_layer_status
 from .status import get_model_status as get_model_status
+from .together import Job as Job
+from .together import next_token_loss as next_token_loss
+from .together import parameters_of as parameters_of
+from .together import step_together as step_together
 
 __version__: str

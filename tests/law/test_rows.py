@@ -79,43 +79,45 @@ def test_a_cache_goes_on_in_the_order_of_the_caller() -> None:
     torch.testing.assert_close(second.logits, model(input_ids=ids, adapter_names=ROWS).logits[:, 5:], rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_of_one_pass_are_those_of_solo_runs() -> None:
-    """Adapters trained together, with data, losses, learning rates and clipping of their own."""
-    data = {name: tokens(3, 9)[i : i + 1].repeat(2, 1) for i, name in enumerate("abc")}
-    rates = {"a": 0.1, "b": 0.03, "c": 0.3}
+def doubled(logits: Tensor, batch: Any) -> Tensor:
+    return 2 * inlay.next_token_loss(logits, batch)
 
-    def parameters(model: Any, name: str) -> list[nn.Parameter]:
-        return [q for n, q in model.named_parameters() if f".adapters.{name}." in n]
 
-    def loss(logits: Tensor, ids: Tensor, name: str) -> Tensor:
-        plain = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        return plain * 2 if name == "b" else plain
+@pytest.mark.parametrize("names", ["ab", "abcd"])
+def test_adapters_trained_together_are_those_of_solo_runs(names: str) -> None:
+    """Data of different lengths, losses, learning rates and clipping of their own; three steps of momentum."""
+    data = {name: {"input_ids": ids, "labels": ids} for name, ids in ((n, tokens(i + 1, 5 + 2 * i)) for i, n in enumerate("abcd"))}
+    rates = {"a": 0.1, "b": 0.03, "c": 0.3, "d": 0.1}
 
-    def steps(model: Any, names: str) -> dict[str, list[Tensor]]:
-        model.train()
-        model.set_adapter(list("abc"))
-        optimisers = {name: torch.optim.SGD(parameters(model, name), lr=rates[name]) for name in names}
-        for _ in range(3):
-            rows = [name for name in names for _ in range(2)]
-            # Not side by side, so that they have to be put in order.
-            mixed = rows[::2] + rows[1::2]
-            ids = torch.cat([data[name][:1] for name in names] * 2)
-            logits = model(input_ids=ids, adapter_names=mixed).logits
-            where = {name: [i for i, row in enumerate(mixed) if row == name] for name in names}
-            sum(loss(logits[where[name]], ids[where[name]], name) for name in names).backward()  # type: ignore[union-attr]
-            for name in names:
-                nn.utils.clip_grad_norm_(parameters(model, name), 0.05)
-                optimisers[name].step()
-                optimisers[name].zero_grad()
-        return {name: [q.detach().clone() for q in parameters(model, name)] for name in names}
+    def trained(together: str) -> tuple[dict[str, list[Tensor]], list[dict[str, float]]]:
+        model = adapted().train()
+        model.set_adapter(list(together))
+        jobs = {
+            name: inlay.Job(
+                torch.optim.SGD(inlay.parameters_of(model, name), lr=rates[name], momentum=0.9),
+                loss=doubled if name == "b" else inlay.next_token_loss,
+                max_grad_norm=0.05 if name == "a" else None,
+            )
+            for name in together
+        }
+        losses = [inlay.step_together(model, jobs, {name: data[name] for name in together}) for _ in range(3)]
+        return {name: [q.detach().clone() for q in inlay.parameters_of(model, name)] for name in together}, losses
 
-    together = steps(adapted(), "abc")
-    before = {name: [q.detach().clone() for q in parameters(adapted(), name)] for name in "abc"}
-    for name in "abc":
-        alone = steps(adapted(), name)[name]
-        for one, other in zip(together[name], alone, strict=True):
+    found, losses = trained(names)
+    for name in names:
+        alone, its = trained(name)
+        before = inlay.parameters_of(adapted(), name)
+        for step, other in zip(losses, its, strict=True):
+            assert step[name] == pytest.approx(other[name], rel=1e-5)
+        for one, other in zip(found[name], alone[name], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-        assert any(not torch.equal(one, start) for one, start in zip(alone, before[name], strict=True))
+        assert any(not torch.equal(one, start) for one, start in zip(found[name], before, strict=True))
+    model = adapted()
+    with pytest.raises(ValueError, match="'b' is not active"):
+        model.set_adapter("a")
+        inlay.step_together(model, {n: inlay.Job(torch.optim.SGD(inlay.parameters_of(model, n), 0.1)) for n in "ab"}, {"b": data["b"]})
+    with pytest.raises(ValueError, match="no job"):
+        inlay.step_together(model, {}, {"a": data["a"]})
 
 
 def test_eight_threads_with_eight_adapters() -> None:

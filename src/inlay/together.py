@@ -1,0 +1,108 @@
+"""Several adapters trained over one frozen base in one pass: each on its own rows, with its own loss, optimiser and clipping.
+
+The base, which is most of the work, sees one large batch. The gradients of an adapter are those of a run of its own, since no row
+of another's reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .core.inlaid import places
+
+if TYPE_CHECKING:
+    from .model import PeftModel
+
+Batch = Mapping[str, Tensor]
+# What fills up the shorter rows of a batch: nothing there is attended to or scored.
+PADDING = {"attention_mask": 0, "labels": -100}
+
+
+def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """The mean cross-entropy of the next token over ``batch["labels"]``, -100 left out.
+
+    Args:
+        logits: ``(rows, length, vocabulary)``.
+    """
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+
+
+@dataclass
+class Job:
+    """How one adapter is trained.
+
+    Args:
+        optimizer: of its parameters and of no other's.
+        loss: of ``logits (rows, length, vocabulary)`` and its batch.
+        max_grad_norm: clips the norm of its gradient; None leaves it.
+        scheduler: stepped after the optimiser, if there is one.
+    """
+
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[Tensor, Batch], Tensor] = next_token_loss
+    max_grad_norm: float | None = None
+    scheduler: Any = None
+
+
+def parameters_of(model: PeftModel, adapter_name: str) -> list[nn.Parameter]:
+    """The trainable tensors of one adapter, for its optimiser."""
+    model.session.check((adapter_name,))
+    found = [place.adapters[adapter_name] for place in places(model.get_base_model()) if adapter_name in place.adapters]
+    return [q for adapter in found for q in adapter.parameters()]
+
+
+def step_together(model: PeftModel, jobs: Mapping[str, Job], batches: Mapping[str, Batch]) -> dict[str, float]:
+    """One step of every adapter that has a batch.
+
+    Args:
+        model: has the adapters; all of them active (``model.set_adapter([...])``), so that they take gradients.
+        jobs: by adapter.
+        batches: by adapter: ``input_ids``, and what else the model takes, each ``(rows, length)``. Lengths may differ.
+
+    Returns:
+        The loss of each adapter.
+
+    Raises:
+        ValueError: an adapter has no job or is not active.
+    """
+    for name in batches:
+        if name not in jobs:
+            raise ValueError(f"There is a batch for {name!r} and no job; jobs are there for {', '.join(jobs)}.")
+        if name not in model.session.active:
+            raise ValueError(f"Adapter {name!r} is not active and would take no gradients; call `set_adapter({sorted(batches)})`.")
+    inputs = _joined(batches)
+    rows = [name for name, batch in batches.items() for _ in range(len(batch["input_ids"]))]
+    logits = model(**{key: value for key, value in inputs.items() if key != "labels"}, adapter_names=rows).logits
+    losses, start = {}, 0
+    for name, batch in batches.items():
+        count, length = batch["input_ids"].shape
+        losses[name] = jobs[name].loss(logits[start : start + count, :length], batch)
+        start += count
+    torch.stack(list(losses.values())).sum().backward()
+    for name in batches:
+        job = jobs[name]
+        if job.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters_of(model, name), job.max_grad_norm)
+        job.optimizer.step()
+        if job.scheduler is not None:
+            job.scheduler.step()
+        job.optimizer.zero_grad()
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def _joined(batches: Mapping[str, Batch]) -> dict[str, Tensor]:
+    """One batch of all, filled up on the right."""
+    longest = max(batch["input_ids"].shape[1] for batch in batches.values())
+    given = {name: {"attention_mask": torch.ones_like(batch["input_ids"]), **batch} for name, batch in batches.items()}
+    keys = set.intersection(*(set(batch) for batch in given.values()))
+
+    def filled(key: str, value: Tensor) -> Tensor:
+        return F.pad(value, (0, longest - value.shape[1]), value=PADDING.get(key, 0)) if value.ndim == 2 else value
+
+    return {key: torch.cat([filled(key, batch[key]) for batch in given.values()]) for key in sorted(keys)}
