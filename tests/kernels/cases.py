@@ -33,7 +33,23 @@ def decomposed_formula(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: 
     return y if bias is None else y + bias
 
 
+def _constant(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Further factors, not trained."""
+    return torch.linspace(-0.3, 0.5, 2 * a.shape[1]).to(a).view(2, -1), torch.linspace(0.4, -0.2, 2 * len(b)).to(b).view(-1, 2)
+
+
+def with_a_constant(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    a0, b0 = _constant(a, b)
+    return linear_plus_low_rank(x, w, bias, torch.cat((a, a0)), torch.cat((b, b0), 1), SCALE, 0.0, (a, b))
+
+
+def with_a_constant_formula(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    a0, b0 = _constant(a, b)
+    return low_rank_formula(x, w, bias, torch.cat((a, a0)), torch.cat((b, b0), 1))
+
+
 KERNELS = {
+    "low rank and a constant": Kernel(with_a_constant, with_a_constant_formula),
     "low rank": Kernel(lambda x, w, bias, a, b: linear_plus_low_rank(x, w, bias, a, b, SCALE, 0.0), low_rank_formula),
     "decomposed": Kernel(lambda x, w, bias, a, b, gain: linear_decomposed(x, w, bias, a, b, gain, SCALE), decomposed_formula, True),
 }

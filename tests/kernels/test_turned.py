@@ -44,6 +44,16 @@ def turned_by(x: Tensor, w: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
     return turned.linear_turned(x, w, bias, torch.stack(factors), orders)
 
 
+def turned_and_scaled(x: Tensor, w: Tensor, bias: Tensor, gain: Tensor, *factors: Tensor) -> Tensor:
+    half = factors[0].shape[-1] // 2
+    orders = [*((2**i, half) for i in range(len(factors) - 1, 0, -1)), None]
+    return turned.linear_turned(x, w, bias, torch.stack(factors), orders, gain)
+
+
+def scaled_chain(x: Tensor, w: Tensor, bias: Tensor, gain: Tensor, *factors: Tensor) -> Tensor:
+    return gain * chain(x, w, torch.zeros_like(bias), *factors) + bias
+
+
 def reflected(x: Tensor, w: Tensor, bias: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return F.linear(x @ (torch.eye(IN, dtype=x.dtype) - v @ u.T), w, bias)
 
@@ -81,6 +91,7 @@ KERNELS: dict[str, tuple[Run, Run, list[tuple[int, ...]]]] = {
     "blocks of 3": (turned_by, chain, [(4, 3, 3)]),
     "one block": (turned_by, chain, [(1, 12, 12)]),
     "butterfly": (turned_by, chain, [(6, 2, 2)] * 2),
+    "scaled butterfly": (turned_and_scaled, scaled_chain, [(OUT,), *[(6, 2, 2)] * 2]),
     "reflections": (turned.linear_reflected, reflected, [(IN, 3), (IN, 3)]),
     "shards": (lambda x, w, b, e: passing.linear_plus_shards(x, w, b, e, SCALE), sharded, [(OUT, 5)]),
     "blocks of low rank": (lambda x, w, b, p, q: blocks.linear_plus_blocks(x, w, b, p, q, SCALE), blockwise, [(2, 6, 4), (2, 4, 4)]),
@@ -117,6 +128,7 @@ def tensors(name: str, rows: int) -> tuple[Tensor, ...]:
 def test_output_and_gradients(name: str, rows: int, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not wide:
         monkeypatch.setattr(turned, "WIDE", 1)
+        monkeypatch.setattr(turned, "WIDEST", 0)
     run, formula, _ = KERNELS[name]
     given = tensors(name, rows)
     trained = [q for q in given if q.requires_grad]

@@ -139,6 +139,7 @@ class Method(PeftConfig):
         ensure_weight_tying: give weights that are tied in the base one adapter in common.
         overrides: other values of any field by pattern of module names, ``{"layers.0.*q_proj": {"r": 16}}``.
         seed: of the initial values, which depend on it and on the names of the modules alone.
+        strength: with which the adapter acts once it is set in: 0 is the base, 1 the adapter, 2 doubles what it does.
     """
 
     target_modules: list[str] | set[str] | str | None = field(default=None, metadata=_help("Names or regex of the modules to adapt."))
@@ -152,6 +153,7 @@ class Method(PeftConfig):
     ensure_weight_tying: bool = field(default=False, metadata=_help("One adapter for weights that are tied in the base."))
     overrides: dict[str, dict[str, Any]] | None = field(default=None, metadata=_help("Other values of any field by module pattern."))
     seed: int | None = field(default=None, metadata=_help("Seed of the initial values.") | {"in_file": False})
+    strength: float = field(default=1.0, metadata=_help("How much of the adapter acts: 0 is the base, 1 all of it.") | {"ours": True})
 
     # How the tensors' names start; the paper's number at arXiv; what becomes of the weight, in one line.
     prefix: ClassVar[str] = ""
@@ -170,6 +172,8 @@ class Method(PeftConfig):
     )
     # Why the method cannot be merged; empty where it has a fold.
     unmergeable: ClassVar[str] = ""
+    # Whether `fold` and `around` heed the adapter's strength by themselves.
+    scales_itself: ClassVar[bool] = False
     # The patterns that stand for one field each: {"rank_pattern": "r"}.
     patterns: ClassVar[dict[str, str]] = {}
 
@@ -327,7 +331,7 @@ def folded(p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | No
     """`Method.fold` in full precision and at the adapter's strength: 0 is the base, 1 the adapter."""
     w, b = full(w), None if b is None else full(b)
     new_w, new_b = p.method.fold(p, w, b)
-    if p.strength != 1 and not isinstance(p.method, Additive):
+    if p.strength != 1 and not p.method.scales_itself:
         new_w = torch.lerp(w, new_w, p.strength)
         if new_b is not None:
             new_b = torch.lerp(torch.zeros_like(new_b) if b is None else b, new_b, p.strength)
@@ -353,6 +357,8 @@ class Additive(Method):
 
     use_dora: bool = field(default=False, metadata=_help("Train the rows' magnitudes apart.") | {"ours": True})
     input_dropout: float = field(default=0.0, metadata=_help("Share of inputs that the update leaves out in training.") | {"ours": True})
+
+    scales_itself: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -421,9 +427,16 @@ class LowRank(Additive):
         return self.scaling * (full(b) @ full(a))
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
-        return self.with_factors(p, inner, x, *self.factors(p))
+        return self.with_factors(p, inner, x, *self.factors(p), self.trained(p))
 
-    def with_factors(self, p: Adapter, inner: Inner, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def trained(self, p: Adapter) -> tuple[Tensor, Tensor] | None:
+        """A and B of a lower rank whose product differs from that of `factors` by a constant, where there are such: what is
+        constant then costs nothing in the backward pass."""
+        return None
+
+    def with_factors(
+        self, p: Adapter, inner: Inner, x: Tensor, a: Tensor, b: Tensor, trained: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """The layer on ``x`` with this update: `factors`, or what training draws from them."""
         from ..kernels.lowrank import linear_plus_low_rank
 
@@ -432,7 +445,7 @@ class LowRank(Additive):
         rate = self.dropout if p.training else 0.0
         dense = inner.dense
         if dense is not None and extra is None:
-            return linear_plus_low_rank(x, *dense, a, b, scale, rate)
+            return linear_plus_low_rank(x, *dense, a, b, scale, rate, trained)
         y = inner(x)
         if rate and x.is_floating_point():
             x = F.dropout(x, rate)

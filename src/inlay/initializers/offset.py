@@ -88,6 +88,9 @@ class Offset(LowRank):
         a, b = super().factors(p)
         return torch.cat((a, a - p.lora_A_start), -2), torch.cat((b - p.lora_B_start, p.lora_B_start), -1)
 
+    def trained(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        return super().factors(p)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _revive, (type(self).__mro__[2], self.__dict__)
 

@@ -63,11 +63,17 @@ def _folded(w: Tensor, a: Tensor, b: Tensor, gain: Tensor, scale: float) -> Tens
     return (w * gain).addmm_(b * gain, a, alpha=scale)
 
 
-def _probe(y: Tensor) -> Tensor:
+def probe(y: Tensor) -> Tensor:
     """An empty tensor whose version counts the writes to ``y``, and which does not keep its memory."""
     probe = y.detach()
     probe.data = y.new_empty(0)
     return probe
+
+
+def gain_gradient(g: Tensor, y: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor:
+    """The sums of ``g z`` over the rows of the batch, from the output ``y = gain * z + bias``."""
+    sums = torch.linalg.vecdot(g, y, dim=0)
+    return (sums if bias is None else sums - bias * g.sum(0)) / gain
 
 
 class _LinearDecomposed(torch.autograd.Function):
@@ -77,7 +83,7 @@ class _LinearDecomposed(torch.autograd.Function):
         # Autograd refuses a backward pass after an in-place operation on a tensor that it keeps, such as a ReLU on this output.
         # So it gets an alias, and whether that was written to is looked up here.
         ctx.save_for_backward(x, w, bias, a, b, gain, y.data if ctx.needs_input_grad[5] else None)
-        ctx.probe, ctx.version, ctx.scale, ctx.dtype = _probe(y), y._version, scale, compute_dtype(x, a)
+        ctx.probe, ctx.version, ctx.scale, ctx.dtype = probe(y), y._version, scale, compute_dtype(x, a)
         return y
 
     @staticmethod
@@ -99,8 +105,7 @@ class _LinearDecomposed(torch.autograd.Function):
                 z = _unscaled(rows_of(x, rows.dtype) @ w.to(rows.dtype).t(), inputs, a, b, ctx.scale)
                 dgain = torch.linalg.vecdot(low, z, dim=0)
             else:
-                dgain = torch.linalg.vecdot(low, rows_of(y, low.dtype), dim=0)
-                dgain = (dgain if bias is None else dgain - bias * low.sum(0)) / gain
+                dgain = gain_gradient(low, rows_of(y, low.dtype), bias, gain)
         if x_trains:
             if rows.dtype == ctx.dtype and folding_pays(len(rows), w, ctx.dtype):
                 dx = rows @ _folded(w, a, b, gain, ctx.scale)

@@ -23,13 +23,23 @@ from .dropout import draw_bits, factors
 FEW_ROWS = 32
 
 
-def linear_plus_low_rank(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float) -> Tensor:
+def linear_plus_low_rank(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    rate: float,
+    trained: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """``x W' + bias + scale * drop(x) A' B'``.
 
     Args:
         x: ``(*, in)``. w: ``(out, in)``. bias: ``(out,)`` or None. a: ``(r, in)``. b: ``(out, r)``.
         scale: the factor in front of the update.
         rate: share of ``x`` that the update leaves out, in [0, 1).
+        trained: other factors, of a lower rank, whose product differs from ``B A`` by a constant: the gradients are found for them.
 
     Returns:
         ``(*, out)`` in the dtype of the base's output. The update is computed in the dtype of ``a`` and ``b``, under autocast
@@ -41,8 +51,8 @@ def linear_plus_low_rank(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b
         return torch.add(y, F.linear(F.linear(dropped, a), b), alpha=scale).to(y.dtype)
     bits = draw_bits(x, rate) if rate else None
     if torch.is_grad_enabled():
-        return _LinearPlusLowRank.apply(x, w, bias, a, b, scale, rate, bits)
-    return _forward(x, w, bias, a, b, scale, rate, bits)[0]
+        return _LinearPlusLowRank.apply(x, w, bias, a, b, scale, rate, bits, *(trained or (None, None)))
+    return _forward(x, w, bias, a, b, scale, rate, bits, keeps=not a.requires_grad and trained is None)[0]
 
 
 def takes_the_formula(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
@@ -95,15 +105,14 @@ def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float, bits: Tensor | None
+    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float, bits: Tensor | None, keeps: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The output, and ``u'`` where it was needed."""
+    """The output, and ``u'`` where it was needed or is kept in place of the input."""
     dtype = compute_dtype(x, a)
     dropped = rows_of(x, dtype)
     if bits is not None:
         dropped = factors(bits, rate, dropped.shape, dtype).mul_(dropped)
-    elif a.requires_grad and folding_pays(len(dropped), w, dtype):
-        # A frozen A lets u be kept in place of the input, so that is worth computing.
+    elif not keeps and folding_pays(len(dropped), w, dtype):
         return linear(x, torch.addmm(w, b, a, alpha=scale), bias), None
     u = a.to(dtype) @ dropped.t()
     y = linear(x, w, bias)
@@ -114,22 +123,38 @@ def _forward(
 class _LinearPlusLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float, bits: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        rate: float,
+        bits: Tensor | None,
+        a_trained: Tensor | None,
+        b_trained: Tensor | None,
     ) -> Tensor:
-        y, u = _forward(x, w, bias, a, b, scale, rate, bits)
+        apart = a_trained is not None
         _, _, _, a_trains, b_trains, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if a_trains else None, w, a, b, u if b_trains else None, bits)
+        # A frozen A lets u be kept in place of the input, so that is worth computing.
+        y, u = _forward(x, w, bias, a, b, scale, rate, bits, keeps=not a_trains and not apart)
+        ctx.save_for_backward(x if a_trains or apart else None, w, a, b, u if b_trains and not apart else None, bits, a_trained, b_trained)
         ctx.scale, ctx.rate, ctx.dtype = scale, rate, compute_dtype(x, a)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, a, b, u, bits = ctx.saved_tensors
+        x, w, a, b, u, bits, *trained = ctx.saved_tensors
+        apart = trained[0] is not None
         x_trains, _, _, a_trains, b_trains, *_ = ctx.needs_input_grad
+        if apart:
+            *_, a_trains, b_trains = ctx.needs_input_grad
         dx = da = db = dropped = keep = None
         a, b, rows, low = a.to(ctx.dtype), b.to(ctx.dtype), rows_of(g, g.dtype), rows_of(g, ctx.dtype)
+        inner, outer = (q.to(ctx.dtype) for q in trained) if apart else (a, b)
         # gu' = scale B' g'
-        gu = (b.t().contiguous() @ low.t()).mul_(ctx.scale)
+        gu = (outer.t().contiguous() @ low.t()).mul_(ctx.scale)
         if bits is not None:
             keep = factors(bits, ctx.rate, (len(rows), a.shape[1]), ctx.dtype)
         if x is not None:
@@ -141,17 +166,21 @@ class _LinearPlusLowRank(torch.autograd.Function):
                 # A second derivative needs u as a function of what it came from.
                 if dropped is None:
                     raise NotImplementedError("A second derivative needs the layer's input, which is not kept while A is frozen.")
-                u = a @ dropped.t()
+                u = inner @ dropped.t()
             db = (u @ low).mul_(ctx.scale).t()
         if x_trains:
-            dx = input_gradient(rows, w, a, b, gu, ctx.scale, keep).view(*g.shape[:-1], a.shape[1])
-        return dx, None, None, da, db, None, None, None
+            dx = _input_gradient(rows, low, w, a, b, None if apart else gu, ctx.scale, keep).view(*g.shape[:-1], a.shape[1])
+        return dx, None, None, *((None, None) if apart else (da, db)), None, None, None, *((da, db) if apart else (None, None))
 
 
-def input_gradient(rows: Tensor, w: Tensor, a: Tensor, b: Tensor, gu: Tensor, scale: float, keep: Tensor | None) -> Tensor:
+def _input_gradient(
+    rows: Tensor, low: Tensor, w: Tensor, a: Tensor, b: Tensor, gu: Tensor | None, scale: float, keep: Tensor | None
+) -> Tensor:
     """``g W + drop((g B) A)``."""
-    if keep is None and rows.dtype == gu.dtype and folding_pays(len(rows), w, gu.dtype):
+    if keep is None and rows.dtype == low.dtype and folding_pays(len(rows), w, low.dtype):
         return rows @ torch.addmm(w, b, a, alpha=scale)
+    if gu is None:
+        gu = (b.t().contiguous() @ low.t()).mul_(scale)
     dx = rows @ w.to(rows.dtype)
     if keep is None:
         return accumulate(dx, gu.t(), a)

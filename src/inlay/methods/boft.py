@@ -16,7 +16,7 @@ from ..core.config import PeftType
 from ..core.families import Rotation, acts_on_last_axis, cayley, in_full_precision
 from ..core.method import Method, Param, full, meet, normal, ones, register, zeros
 from ..core.site import Site
-from ..kernels.turned import Order, linear_turned, turn
+from ..kernels.turned import Order, linear_turned, multiplied, turn
 
 if TYPE_CHECKING:
     from ..core.inlaid import Adapter, Inner
@@ -122,7 +122,7 @@ class BOFTConfig(Rotation):
         return *((2**i, half) for i in range(self.boft_n_butterfly_factor - 1, 0, -1)), None
 
     def turn(self, p: Adapter, rows: Tensor, *, inverse: bool = False, training: bool = False) -> Tensor:
-        blocks, orders = self.rotations(p, training).to(rows.dtype), self.orders(p)
+        blocks, orders = multiplied(self.rotations(p, training).to(rows.dtype), self.orders(p))
         if inverse:
             # Rows that are turned are one matrix, as the layer's input is.
             return turn(rows, blocks, orders)
@@ -140,14 +140,13 @@ class BOFTConfig(Rotation):
             w, b = inner.params()
             turned = self._scaled(p, self.turn(p, full(w), training=p.training))
             return site.apply(x, turned.to(site.dtype), None if b is None else b.to(site.dtype))
-        bias = inner.bias()
         if inner.dense is not None:
-            y = z = linear_turned(x, inner.dense[0], None, self.rotations(p, p.training), self.orders(p))
-        else:
-            rows, _ = meet(x, p.boft_R)
-            turned = self.turn(p, rows.reshape(-1, x.shape[-1]), inverse=True, training=p.training)
-            y = inner(turned.reshape(x.shape).to(x.dtype))
-            z = y if bias is None else y - bias
+            return linear_turned(x, *inner.dense, self.rotations(p, p.training), self.orders(p), p.boft_s)
+        bias = inner.bias()
+        rows, _ = meet(x, p.boft_R)
+        turned = self.turn(p, rows.reshape(-1, x.shape[-1]), inverse=True, training=p.training)
+        y = inner(turned.reshape(x.shape).to(x.dtype))
+        z = y if bias is None else y - bias
         # The bias is not scaled.
         scaled = z * p.boft_s if bias is None else torch.addcmul(bias.to(p.boft_s.dtype), z, p.boft_s)
         return scaled.to(y.dtype)

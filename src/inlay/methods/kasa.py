@@ -73,12 +73,12 @@ class Kasa(LoraConfig):
         p.lora_dropped_A.copy_(v[..., -r:, :])
         p.lora_dropped_B.copy_(u[..., -r:] * s[..., None, -r:])
 
-    def _update(self, p: Adapter) -> tuple[Tensor, Tensor]:
+    def trained(self, p: Adapter) -> tuple[Tensor, Tensor]:
         a, b = super().factors(p)
         return a, b * p.lora_diag.unsqueeze(-2)
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        a, b = self._update(p)
+        a, b = self.trained(p)
         return torch.cat((a, p.lora_dropped_A), -2), torch.cat((b, p.lora_dropped_B / -self.scaling), -1)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Kasa(LoraConfig):
             return add(inner(x), site.up(site.down(inputs, a), b), -p.strength)
 
         # Dropout is for the update; what the weight lacks it lacks for all inputs.
-        return LowRank.with_factors(self, p, Inner(inner.site, truncated, inner.params), x, *self._update(p))
+        return LowRank.with_factors(self, p, Inner(inner.site, truncated, inner.params), x, *self.trained(p))
 
     def thinned(self, p: Adapter, change: Tensor) -> Tensor:
         lacking = -p.strength * (full(p.lora_dropped_B) @ full(p.lora_dropped_A))
