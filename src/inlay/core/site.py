@@ -123,7 +123,7 @@ class Site:
     # ---- reading and writing ------------------------------------------------------------------------------------------
     @property
     def device(self) -> torch.device:
-        return self.store.tensor(self.module, self.name).device
+        return self.store.device(self.module, self.name)
 
     @property
     def dtype(self) -> torch.dtype:

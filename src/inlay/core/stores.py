@@ -24,6 +24,10 @@ class Store:
     def dtype(self, module: nn.Module, name: str) -> torch.dtype:
         return self.tensor(module, name).dtype
 
+    def device(self, module: nn.Module, name: str) -> torch.device:
+        """Where `read` puts the weight."""
+        return self.tensor(module, name).device
+
     def read(self, module: nn.Module, name: str) -> Tensor:
         """The weight in floating point."""
         return self.read_tensor(self.tensor(module, name))
@@ -50,5 +54,8 @@ DENSE = Store()
 
 
 def store_of(module: nn.Module) -> Store:
-    """The store of a host, by the names of its classes."""
+    """The store of a host: one of its own (weights that are still on disk), or by the names of its classes."""
+    own = module.__dict__.get("_inlay_store")
+    if own is not None:
+        return own
     return next((STORES[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in STORES), DENSE)
