@@ -20,6 +20,7 @@ from .core.session import Session, carry_choices
 from .formats.card import write_card
 from .formats.folder import hub_options, write_adapter
 from .formats.state import LoadReport, fill, slots_of_model, slots_of_parts, warn_of
+from .operations.strength import set_strength, with_strength
 from .state_dict import get_peft_model_state_dict, load_peft_weights
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuner import BaseTuner, tuner_class
@@ -161,7 +162,7 @@ class PeftModel(nn.Module):
                 return forward_with_prompt(self, *args, **kwargs)
             output = base(*args, **kwargs)
             output = output if order is None else order.out_of(output)
-            return penalised(base, output) if self.training else output
+            return penalised(base, output, self.training)
 
     def generate(self, *args: Any, adapter_names: Sequence[str | Sequence[str]] | None = None, **kwargs: Any) -> Any:
         """The base's ``generate`` with the adapters; arguments as for `forward` and for the base."""
@@ -257,6 +258,20 @@ class PeftModel(nn.Module):
         _tuner(self).delete_adapter(adapter_name)
         self._show_prompts()
 
+    def set_scale(self, adapter_name: str, scale: float | Mapping[str, float]) -> None:
+        """Set the strength of an adapter: 0 is the base, 1 the adapter, 2 doubles what it does.
+
+        Args:
+            scale: for all layers; or by pattern of module names, as in ``rank_pattern``: the first that fits counts, and layers
+                that none fits stay as they are.
+
+        Raises:
+            ValueError: there is no such adapter, a number is not finite, or a pattern names no layer of it. Nothing is changed.
+        """
+        if self._is_prompt_learning:
+            raise ValueError(f"{self.peft_type} acts on inputs; only adapters of weights have a strength.")
+        set_strength(self.get_base_model(), self.session, adapter_name, scale)
+
     # ---- parameters ---------------------------------------------------------------------------------------------------
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters; 4-bit weights count as what they stand for."""
@@ -304,6 +319,7 @@ class PeftModel(nn.Module):
         *,
         state_dict: Mapping[str, Tensor] | None = None,
         max_shard_size: int | str | None = None,
+        keep_strength: bool = False,
         **kwargs: Any,
     ) -> None:
         """Write adapters in HF's format, atomically and without the network.
@@ -319,6 +335,9 @@ class PeftModel(nn.Module):
                 the adapter as it was before training.
             state_dict: take values from here, where the model's own are sharded.
             max_shard_size: split larger files, with an index.
+            keep_strength: write the strengths that `set_scale` and its like have set: into the alphas of LoRA, so that every
+                reader of the file has the same numbers, and where HF's format has no word for them into fields of ours,
+                ``strength`` and ``strength_pattern``.
 
         Raises:
             ValueError: a name is unknown, or a tensor is empty because its shards were not gathered.
@@ -334,6 +353,8 @@ class PeftModel(nn.Module):
                 from .initializers.convert import as_plain_lora
 
                 tensors, config = as_plain_lora(self.get_base_model(), name, config, tensors, path_initial_model_for_weight_conversion)
+            elif keep_strength:
+                config = with_strength(self.get_base_model(), name, config)
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             write_adapter(
                 folder, tensors, self._config_in_file(config), safe_serialization=safe_serialization, max_shard_size=max_shard_size

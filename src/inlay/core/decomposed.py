@@ -34,29 +34,28 @@ class Decomposed(Additive):
         w, _ = p.site.read()
         getattr(p, self.magnitude).data.copy_((full(w) + full(self.delta(p))).norm(dim=-1))
 
-    def _gain(self, p: Adapter, norms: Tensor) -> Tensor:
-        """``m / |V|``; at strength 0 there is no gain, so that the base remains."""
-        return 1 + p.strength * (getattr(p, self.magnitude) / norms - 1)
-
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         v, b = super().fold(p, w, b)
-        return self._gain(p, v.norm(dim=-1).detach()).unsqueeze(-1) * v, b
+        if p.strength not in (0, 1):
+            v = w + (v - w) / p.strength
+        adapted = (getattr(p, self.magnitude) / v.norm(dim=-1).detach()).unsqueeze(-1) * v
+        return (adapted if p.strength == 1 else torch.lerp(w, adapted, p.strength)), b
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         site = inner.site
-        if isinstance(site, Embedding) or site.size("channel") != site.size("out"):
+        if p.strength != 1 or isinstance(site, Embedding) or site.size("channel") != site.size("out"):
             return Method.around(self, p, inner, x)
         y = super().around(p, inner, x)
         w, bias = inner.params()
         with torch.no_grad():
             v, bias_v = super().fold(p, full(w), bias)
             norms = v.norm(dim=-1)
-        gain = site.rows(self._gain(p, norms))
+        gain = site.rows(getattr(p, self.magnitude) / norms)
         if bias_v is None:
             return (y * gain).to(y.dtype)
         # The bias takes no part in the gain.
         extra = self.delta_bias(p)
-        bias = bias_v if extra is None else (full(extra) * p.strength + (0 if bias is None else bias))
+        bias = bias_v if extra is None else (full(extra) + (0 if bias is None else bias))
         return (y * gain + site.rows(bias) * (1 - gain)).to(y.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -53,7 +53,7 @@ class Adapter(nn.Module):
         train_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.method, self.site, self.path, self.strength = method, site, path, 1.0
+        self.method, self.site, self.path, self.strength = method, site, path, method.strength
         self.bank_at, self.name, self.session = bank_at, "", None
         for name, param in self.declared.items():
             tensor = _initial(param, site, generator_for(method.seed, path, name), dtype, device)
@@ -166,7 +166,7 @@ class Inner:
         inner = self if p.trained_bias is None else self._with_bias_of(p)
         method = p.method
         further = self.args, self.kwargs
-        if p.strength == 1 or isinstance(method, Additive) or method.unmergeable:
+        if p.strength == 1 or method.scales_itself or method.unmergeable:
             return Inner(self.site, lambda x: method.around(p, inner, x), lambda: folded(p, *inner.params()), further=further)
         return Inner(self.site, lambda x: Method.around(method, p, inner, x), lambda: folded(p, *inner.params()), further=further)
 
@@ -319,6 +319,14 @@ class Place:
         """Put the host's own tensors back."""
         self.site.restore()
         self.merged = ()
+
+    def set_strength(self, name: str, strength: float) -> None:
+        """Set how much of an adapter acts, also of one that is merged."""
+        self.adapters[name].strength = float(strength)
+        if name in self.merged:
+            names = self.merged
+            self.unmerge()
+            self.merge(names)
 
     def settle(self) -> None:
         """Make what is merged the host's own."""

@@ -140,6 +140,7 @@ class Method(PeftConfig):
         overrides: other values of any field by pattern of module names, ``{"layers.0.*q_proj": {"r": 16}}``.
         seed: of the initial values, which depend on it and on the names of the modules alone.
         strength: with which the adapter acts once it is set in: 0 is the base, 1 the adapter, 2 doubles what it does.
+        strength_pattern: other strengths by pattern of module names.
     """
 
     target_modules: list[str] | set[str] | str | None = field(default=None, metadata=_help("Names or regex of the modules to adapt."))
@@ -154,6 +155,7 @@ class Method(PeftConfig):
     overrides: dict[str, dict[str, Any]] | None = field(default=None, metadata=_help("Other values of any field by module pattern."))
     seed: int | None = field(default=None, metadata=_help("Seed of the initial values.") | {"in_file": False})
     strength: float = field(default=1.0, metadata=_help("How much of the adapter acts: 0 is the base, 1 all of it.") | {"ours": True})
+    strength_pattern: dict[str, float] | None = field(default=None, metadata=_help("Other strengths by module pattern.") | {"ours": True})
 
     # How the tensors' names start; the paper's number at arXiv; what becomes of the weight, in one line.
     prefix: ClassVar[str] = ""
@@ -167,6 +169,8 @@ class Method(PeftConfig):
     takes: ClassVar[tuple[str, ...]] = ()
     # Methods of the configuration that users call as `model.base_model.<name>(...)`; the adapters go in front of the arguments.
     on_model: ClassVar[tuple[str, ...]] = ()
+    # What HF's class of the adapted model (`LoraModel`) has for this method alone, by name.
+    of_tuner: ClassVar[Mapping[str, Any]] = {}
     ours: ClassVar[frozenset[str]] = frozenset(
         {"target_parameters", "trainable_token_indices", "ensure_weight_tying", "overrides", "seed", "bias"}
     )
@@ -246,7 +250,7 @@ class Method(PeftConfig):
     def patterned(self, path: str) -> Method:
         """The method with the values that patterns give its fields at the module of this name."""
         changes: dict[str, Any] = {}
-        for attribute, name in self.patterns.items():
+        for attribute, name in {**self.patterns, "strength_pattern": "strength"}.items():
             hit = next((v for k, v in (getattr(self, attribute) or {}).items() if matches(k, path)), None)
             if hit is not None:
                 changes[name] = hit

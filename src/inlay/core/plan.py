@@ -99,7 +99,7 @@ class Plan:
         if self.follows_ties:
             adapted += self._other_ends(adapted)
         adapted += self._tokens(self.config, adapted)
-        biases = self._biases([*adapted, *retrained]) if self.config.bias == "all" else []
+        biases = self._biases(self.config, [*adapted, *retrained]) if self.config.bias == "all" else []
         return [*adapted, *biases, *retrained]
 
     def _site(self, path: str) -> Site | None:
@@ -191,14 +191,16 @@ class Plan:
                     raise ValueError(f"trainable_token_indices: {path!r} {why}.")
                 if self.tied.get(path) in {part.path for part in found}:
                     continue
-                method = METHODS["TRAINABLE_TOKENS"](token_indices=list(indices), as_part=True)  # type: ignore[call-arg]
+                method = METHODS["TRAINABLE_TOKENS"](  # type: ignore[call-arg]
+                    token_indices=list(indices), as_part=True, strength=config.patterned(path).strength
+                )
                 reason = site.unfit or method.refuses(site)
                 if reason:
                     raise ValueError(f"trainable_token_indices: {path!r}: {reason}.")
                 found.append(Part(path, self.modules[path], site, self._adapter(method, site, path), f"{path}.token_adapter"))
         return found + self._other_ends(found)
 
-    def _biases(self, taken: list[Part]) -> list[Part]:
+    def _biases(self, config: Method, taken: list[Part]) -> list[Part]:
         """The biases of all layers that no other part has (``bias="all"``)."""
         hosts = {id(m) for part in taken for m in (part.module.modules() if part.site is None else (part.module,))}
         found = []
@@ -206,7 +208,8 @@ class Plan:
             own = module._parameters
             if id(module) not in hosts and own.get("bias") is not None and own.get("weight") is not None:
                 site = self._site(path) or Read(module)
-                found.append(Part(path, module, site, self._adapter(Biases(), site, path, bias=True), path))
+                method = Biases(strength=config.patterned(path).strength)
+                found.append(Part(path, module, site, self._adapter(method, site, path, bias=True), path))
         return found
 
     def _retrained(self) -> list[Part]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from .method import LowRank, Method, Param, add, meet
+from .method import LowRank, Method, Param, add, folded, meet
 from .site import Site
 
 if TYPE_CHECKING:
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Tied(Method):
-    """What another adapter does to the transposed weight. It has no parameters of its own, so both ends stay one weight."""
+    """What another adapter does to the transposed weight. It has no parameters and no strength of its own, so both ends stay one
+    weight."""
 
     source: Adapter | None = None
+
+    scales_itself: ClassVar[bool] = True
 
     @property
     def _of(self) -> Adapter:
@@ -30,8 +33,8 @@ class Tied(Method):
         return {}
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        folded, _ = self._of.method.fold(self._of, w.mT, None)
-        return folded.mT, b
+        new, _ = folded(self._of, w.mT, None)
+        return new.mT, b
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         method = self._of.method
@@ -40,4 +43,5 @@ class Tied(Method):
             x, a, b = meet(x, a, b)
             return add(inner(x.to(inner.site.dtype)), F.linear(F.linear(x, b.mT), a.mT), method.scaling * self._of.strength)  # type: ignore[attr-defined]
         tied = getattr(method, "around_transposed", None)
-        return super().around(p, inner, x) if tied is None else tied(self._of, inner, x)
+        plain = tied is None or (self._of.strength != 1 and not method.scales_itself)
+        return super().around(p, inner, x) if plain else tied(self._of, inner, x)

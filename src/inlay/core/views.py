@@ -118,32 +118,32 @@ class TunerLayer(nn.Module):
             return site.raw(self._place.fold((adapter,))[0] - self._place.site.read()[0])  # type: ignore[union-attr]
 
     # -- strength --
-    def _each(self, names: Sequence[str]) -> Iterator[Any]:
+    def _each(self, names: Sequence[str]) -> Iterator[tuple[Place, str]]:
         from .inlaid import Place
 
         for place in self._places.values():
             if isinstance(place, Place):
-                yield from (place.adapters[n] for n in names if n in place.adapters)
+                yield from ((place, n) for n in names if n in place.adapters)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the strength of an adapter on this layer: 0 is the base, 1 the adapter."""
-        for p in self._each((adapter,)):
-            p.strength = float(scale)
+        for place, name in self._each((adapter,)):
+            place.set_strength(name, scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the strength of the active adapters."""
-        for p in self._each(self._place.session.active):
-            p.strength *= scale
+        for place, name in self._each(self._place.session.active):
+            place.set_strength(name, place.adapters[name].strength * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo `scale_layer`; without a value, go back to strength 1."""
-        for p in self._each(self._place.session.active):
-            p.strength = 1.0 if scale is None else p.strength / scale
+        for place, name in self._each(self._place.session.active):
+            place.set_strength(name, 1.0 if scale is None else place.adapters[name].strength / scale)
 
     # -- the adapters' own attributes, by name of adapter --
     @view
     def adapter_layer_names(self) -> tuple[str, ...]:
-        found = {name: None for p in self._each(tuple(self._place.adapters)) for name in p.declared}
+        found = {name: None for place, n in self._each(tuple(self._place.adapters)) for name in place.adapters[n].declared}
         return tuple(found)
 
     @view
@@ -228,7 +228,7 @@ class Scaling(MutableMapping[str, float]):
         return self._own(adapter) * self.place.adapters[adapter].strength
 
     def __setitem__(self, adapter: str, value: float) -> None:
-        self.place.adapters[adapter].strength = float(value) / self._own(adapter)
+        self.place.set_strength(adapter, float(value) / self._own(adapter))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.place.adapters)

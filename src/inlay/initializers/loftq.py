@@ -103,15 +103,19 @@ class Loftq(LowRank):
             magnitude.copy_((full(p.lora_base) + full(self.delta(p))).norm(dim=-1))
 
     def _lost(self, p: Adapter) -> Tensor:
-        """What rounding takes from the weight, at the adapter's strength."""
-        return p.strength * (full(p.lora_base) - full(p.site.read()[0]))
+        """What rounding takes from the weight."""
+        return full(p.lora_base) - full(p.site.read()[0])
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return super().fold(p, w + self._lost(p), b)
+        lost = self._lost(p)
+        new, b = super().fold(p, w + lost, b)
+        return (new if p.strength == 1 else new - (1 - p.strength) * lost), b
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         from ..core.inlaid import Inner
 
+        if p.strength != 1:
+            return Method.around(self, p, inner, x)
         site = inner.site
 
         def call(x: Tensor) -> Tensor:
@@ -124,7 +128,7 @@ class Loftq(LowRank):
             w, b = inner.params()
             return full(w) + self._lost(p), b
 
-        dense = (p.lora_base, inner.dense[1]) if inner.dense is not None and p.strength == 1 else None
+        dense = (p.lora_base, inner.dense[1]) if inner.dense is not None else None
         return super().around(p, Inner(site, call, params, dense, inner.bias, (inner.args, inner.kwargs)), x)
 
     def __reduce__(self) -> tuple[Any, ...]:

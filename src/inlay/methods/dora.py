@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.method import Method, Param, full, meet, zeros
+from ..core.method import Method, Param, add, full, meet, zeros
 from ..core.site import Embedding, Site
 from ..kernels.decomposed import linear_decomposed, row_squares
 from .lora import LoraConfig
@@ -34,12 +34,9 @@ class Dora(LoraConfig):
         p.lora_magnitude_vector.data.copy_(row_norms(w, *self.factors(p), self.scaling))
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        v = w + p.strength * self.delta(p)
-        return self._gain(p, v.norm(dim=-1).detach()).unsqueeze(-1) * v, b
-
-    def _gain(self, p: Adapter, norms: Tensor) -> Tensor:
-        """``m / |V|``; at strength 0 there is no gain, so that the base remains."""
-        return 1 + p.strength * (p.lora_magnitude_vector / norms - 1)
+        v = w + self.delta(p)
+        adapted = (p.lora_magnitude_vector / v.norm(dim=-1).detach()).unsqueeze(-1) * v
+        return adapted if p.strength == 1 else torch.lerp(w, adapted, p.strength), b
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         site = inner.site
@@ -47,10 +44,10 @@ class Dora(LoraConfig):
             return Method.around(self, p, inner, x)
         a, b = self.factors(p)
         w, bias = inner.params()
-        scale = self.scaling * p.strength
-        gain = self._gain(p, kept_norms(p, w, a, b, scale))
+        scale = self.scaling
+        gain = p.lora_magnitude_vector / kept_norms(p, w, a, b, scale)
         drops = self.dropout and p.training
-        if inner.dense is not None and not drops:
+        if inner.dense is not None and not drops and p.strength == 1:
             return linear_decomposed(x, *inner.dense, a, b, gain, scale)
         y = inner(x)
         plain = y if bias is None else y - site.rows(bias).to(y.dtype)
@@ -60,7 +57,7 @@ class Dora(LoraConfig):
             plain = site.apply(x, w.to(x.dtype))
         x, a, b = meet(x, a, b)
         gain = site.rows(gain)
-        return (y + (gain - 1) * plain + gain * scale * site.up(site.down(x, a), b)).to(y.dtype)
+        return add(y, (gain - 1) * plain + gain * scale * site.up(site.down(x, a), b), p.strength)
 
 
 def row_norms(w: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
