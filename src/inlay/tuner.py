@@ -181,7 +181,7 @@ TUNERS: dict[str, type[BaseTuner]] = {}
 def tuner_class(peft_type: str) -> type[BaseTuner]:
     """The class that HF calls ``LoraModel``, ``IA3Model``, ...: the same for all methods but for its name."""
     if peft_type not in TUNERS:
-        body = {"peft_type": peft_type, "__module__": __name__}
+        body = {"peft_type": peft_type, "__module__": __name__, **METHODS[peft_type].of_tuner}
         TUNERS[peft_type] = type(_tuner_name(METHODS[peft_type]), (BaseTuner,), body)
     return TUNERS[peft_type]
 

@@ -71,6 +71,68 @@ def test_what_kasa_adds_to_the_loss(tmp_path: Path) -> None:
         assert (ours.train()(**example, labels=example["input_ids"]).loss - plain).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_kasa_s_term_added_by_hand_counts_once(tmp_path: Path) -> None:
+    """Code for the real library adds the term to the task's loss. The model's loss in training has it already; one that is computed
+    from the logits does not, nor does that of an evaluation."""
+    theirs, ours = pair(tmp_path, kasa_config={"beta": 0.3, "gamma": 0.2})
+    example = MODELS["llama"][1]()
+    labelled = {**example, "labels": example["input_ids"]}
+    expected = theirs.base_model._get_kasa_loss()
+    assert type(ours.base_model).__name__ == "LoraModel"
+    torch.testing.assert_close(ours.base_model._get_kasa_loss(), expected)
+    for model in (theirs.train(), ours.train()):
+        model.zero_grad()
+        (model(**labelled).loss + model.base_model._get_kasa_loss()).backward()
+    assert ours._get_kasa_loss() == 0.0
+    its = dict(theirs.named_parameters())
+    gradients = {name: q.grad for name, q in ours.named_parameters() if q.grad is not None}
+    assert gradients
+    for p in adapters_of(ours.get_base_model(), "default"):
+        for mine, name in ((p.lora_A, "lora_A.default.weight"), (p.lora_B, "lora_B.default.weight"), (p.lora_diag, "lora_diag.default")):
+            torch.testing.assert_close(mine.grad, its[f"base_model.model.{p.path}.{name}"].grad, rtol=1e-4, atol=1e-6)
+    ours(**example)
+    torch.testing.assert_close(ours._get_kasa_loss(), expected)
+    ours(**labelled)
+    ours.eval()(**labelled)
+    torch.testing.assert_close(ours._get_kasa_loss("default"), expected)
+    assert ours._get_kasa_loss([]) == ours._get_monteclora_loss() == 0.0
+
+
+def test_terms_of_plain_lora_are_none() -> None:
+    model = inlay.get_peft_model(MODELS["llama"][0](), inlay.LoraConfig(**LLAMA))
+    assert model.base_model._get_kasa_loss() == model.base_model._get_monteclora_loss() == 0.0
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_trainer_s_mixin_counts_monteclora_s_term_once(training: bool, labelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the trainer computes the loss from the logits, as it does to smooth labels."""
+    config = {"num_samples": 4, "kl_loss_weight": 1.0, "sample_scaler": 0.0}
+    model = inlay.get_peft_model(MODELS["llama"][0](), inlay.LoraConfig(**LLAMA, monteclora_config=config)).train(training)
+    method = adapters_of(model.get_base_model(), "default")[0].method
+    monkeypatch.setattr(type(method), "_variance", lambda self, p: p.std_prior.exp().square() * p.std_prior.numel())
+    example = MODELS["llama"][1]()
+
+    class Plain:
+        def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+            given = {**inputs, "labels": inputs["input_ids"]} if labelled else inputs
+            outputs = model(**given)
+            loss = outputs.loss if labelled else outputs.logits.square().mean()
+            return (loss, outputs) if return_outputs else loss
+
+    class Mixed(inlay.MontecloraTrainerMixin, Plain):
+        pass
+
+    with torch.no_grad():
+        bare = model.base_model.model(**example, labels=example["input_ids"])
+        task = bare.loss if labelled else bare.logits.square().mean()
+        term = method.penalty(adapters_of(model.get_base_model(), "default"))
+        loss, outputs = Mixed().compute_loss(model, example, return_outputs=True)
+        torch.testing.assert_close(loss, task + term)
+        torch.testing.assert_close(Mixed().compute_loss(model, example), loss)
+        assert outputs.logits.shape == bare.logits.shape
+
+
 def test_what_monteclora_adds_to_the_loss(tmp_path: Path) -> None:
     """Both are noisy, by the variances that are drawn: their means agree."""
     options = {"num_samples": 4, "kl_loss_weight": 1.0, "sample_scaler": 0.1, "use_entropy": True}

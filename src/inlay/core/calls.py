@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .inlaid import adapters_of, session_of
 from .method import Method
+from .session import Session
 
 
 @contextmanager
@@ -34,16 +35,43 @@ def calling(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         yield
 
 
-def penalised(model: nn.Module, output: Any) -> Any:
-    """The model's output with the terms that its active adapters add to the loss."""
+def penalised(model: nn.Module, output: Any, training: bool) -> Any:
+    """The model's output with the terms that its active adapters add to the loss in training."""
     session = session_of(model)
-    if session is None or getattr(output, "loss", None) is None:
+    if session is None:
         return output
-    for name in session.choice().names:
-        config = session.configs[name]
-        method = config.acting() if isinstance(config, Method) else None
-        if method is not None and type(method).penalty is not Method.penalty:
-            extra = method.penalty(adapters_of(model, name))
-            if extra is not None:
-                output.loss = output.loss + extra
+    added = []
+    for name in session.choice().names if training and getattr(output, "loss", None) is not None else ():
+        method = _penalising(session, name)
+        extra = None if method is None else method.penalty(adapters_of(model, name))
+        if extra is not None:
+            output.loss = output.loss + extra
+            added.append(name)
+    if added or session.in_loss:
+        session.in_loss = tuple(added)
     return output
+
+
+def _penalising(session: Session, name: str) -> Method | None:
+    """The method of an adapter that has a term of the loss."""
+    config = session.configs[name]
+    method = config.acting() if isinstance(config, Method) else None
+    return None if method is None or type(method).penalty is Method.penalty else method
+
+
+def not_in_loss(model: nn.Module, option: str, names: Sequence[str]) -> Tensor | float:
+    """The term of the loss of those adapters that have an option set, for code that adds it by hand: without what the last call of
+    the model has added to its loss, so that the sum has each term once.
+
+    Args:
+        model: the bare model that holds the adapters.
+    """
+    session = session_of(model)
+    if session is None:
+        return 0.0
+    left = [name for name in names if name in session.configs and name not in session.in_loss]
+    methods = {name: method for name in left if (method := _penalising(session, name)) is not None and getattr(method, option, None)}
+    if not methods:
+        return 0.0
+    term = next(iter(methods.values())).penalty([p for name in methods for p in adapters_of(model, name)])
+    return 0.0 if term is None else term

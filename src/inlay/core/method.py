@@ -171,6 +171,8 @@ class Method(PeftConfig):
     on_model: ClassVar[tuple[str, ...]] = ()
     # What HF's class of the adapted model (`LoraModel`) has for this method alone, by name.
     of_tuner: ClassVar[Mapping[str, Any]] = {}
+    # What HF's class of the adapted model (`LoraModel`) has for this method alone, by name.
+    of_tuner: ClassVar[Mapping[str, Any]] = {}
     ours: ClassVar[frozenset[str]] = frozenset(
         {"target_parameters", "trainable_token_indices", "ensure_weight_tying", "overrides", "seed", "bias"}
     )

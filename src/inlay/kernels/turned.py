@@ -45,9 +45,7 @@ def _swapped(x: Tensor, sizes: tuple[int, int, int], axis: int) -> Tensor:
 
 
 # ---- chains of block-diagonal matrices ---------------------------------------------------------------------------------------
-def linear_turned(
-    x: Tensor, w: Tensor, bias: Tensor | None, blocks: Tensor, orders: Sequence[Order], gain: Tensor | None = None
-) -> Tensor:
+def linear_turned(x: Tensor, w: Tensor, bias: Tensor | None, blocks: Tensor, orders: Sequence[Order], gain: Tensor | None = None) -> Tensor:
     """``gain * (x M W') + bias`` with the chain ``M = M_1 M_2 ...``.
 
     Args:
@@ -108,9 +106,7 @@ def widened(blocks: Tensor) -> Tensor:
     return wide.flatten(-4, -3).flatten(-2)
 
 
-def _forward_turned(
-    x: Tensor, w: Tensor, bias: Tensor | None, blocks: Tensor, orders: Sequence[Order], gain: Tensor | None
-) -> Tensor:
+def _forward_turned(x: Tensor, w: Tensor, bias: Tensor | None, blocks: Tensor, orders: Sequence[Order], gain: Tensor | None) -> Tensor:
     rows = rows_of(x, blocks.dtype)
     if len(rows) <= len(w) or w.dtype != blocks.dtype:
         turned = turn(rows, blocks, orders).to(x.dtype).view(x.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -78,6 +78,24 @@ class LoraRuntimeConfig:
 
     ephemeral_gpu_offload: bool = False
     progress: Callable[[int, int], object] | None = None
+
+
+def _term_of(option: str) -> Callable[..., Tensor | float]:
+    def term(model: Any, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
+        """What adapters add to the loss in training, where their model's own loss does not have it.
+
+        A model in training that is given labels adds it by itself. So this is zero then, and code written for HF peft, which
+        adds it by hand, counts it once.
+
+        Args:
+            adapter_names: the adapters; None stands for the active ones.
+        """
+        from ..core.calls import not_in_loss
+
+        names = model.active_adapters if adapter_names is None else [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        return not_in_loss(model.model, option, names)
+
+    return term
 
 
 @register
@@ -174,6 +192,10 @@ class LoraConfig(LowRank):
         "loftq": {"r": 2, "lora_alpha": 3, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
     }
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    of_tuner: ClassVar[Mapping[str, Any]] = {
+        "_get_kasa_loss": _term_of("kasa_config"),
+        "_get_monteclora_loss": _term_of("monteclora_config"),
+    }
     ours: ClassVar[frozenset[str]] = frozenset({"overrides", "seed"})
 
     def __post_init__(self) -> None:

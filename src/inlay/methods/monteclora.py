@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.method import Param, constant, full
 from ..core.site import Site
@@ -52,8 +52,18 @@ class MontecloraConfig:
 
 
 class MontecloraTrainerMixin:
-    """In front of a ``Trainer`` in HF peft, it adds what MonteCLoRA's loss has beside the task's. Here the model's own loss has it
-    in training, so there is nothing left to add."""
+    """In front of a ``Trainer``: adds to the loss what MonteCLoRA has beside the task's.
+
+    In training the model's own loss has it already, and nothing is added. A loss that the trainer computes from the logits
+    (label smoothing, ``compute_loss_func``), and that of an evaluation, get it here.
+    """
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        loss, outputs = found if return_outputs else (found, None)
+        terms = [m._get_monteclora_loss() for m in model.modules() if hasattr(type(m), "_get_monteclora_loss")]
+        loss = loss + sum(terms) / max(len(terms), 1)
+        return (loss, outputs) if return_outputs else loss
 
 
 def uniform(tensor: Tensor, generator: torch.Generator) -> None:
@@ -111,7 +121,7 @@ class Monteclora(LoraConfig):
         return super().thinned(p, change + self.scaling * p.strength * (full(b) @ self._drawn(p, a)))
 
     def penalty(self, adapters: Sequence[Adapter]) -> Tensor | None:
-        terms = [self._penalty(p) for p in adapters if isinstance(p.method, Monteclora)]
+        terms = [p.method._penalty(p) for p in adapters if isinstance(p.method, Monteclora)]
         return torch.stack([t.to(terms[0].device) for t in terms]).mean() if terms else None
 
     def _penalty(self, p: Adapter) -> Tensor:
