@@ -79,6 +79,7 @@ from .methods.pvera import PveraConfig as PveraConfig
 from .methods.randlora import RandLoraConfig as RandLoraConfig
 from .methods.poly import PolyConfig as PolyConfig
 from .methods.road import RoadConfig as RoadConfig
+from .methods.shadow import ShadowConfig as ShadowConfig
 from .methods.shira import ShiraConfig as ShiraConfig
 from .methods.supertuning import SupertuningConfig as SupertuningConfig
 from .methods.tinylora import TinyLoraConfig as TinyLoraConfig
@@ -98,6 +99,12 @@ from .model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswerin
 from .model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .model import PeftModelForTokenClassification as PeftModelForTokenClassification
+from .operations.arithmetic import COMBINATIONS as COMBINATIONS
+from .operations.combine import add_weighted_adapter as add_weighted_adapter
+from .operations.convert import Conversion as Conversion
+from .operations.convert import conversion as conversion
+from .operations.convert import convert_to_lora as convert_to_lora
+from .operations.convert import save_as_lora as save_as_lora
 from .prompts.cartridge import CartridgeConfig as CartridgeConfig
 from .prompts.cartridge import compose_cartridge_adapters as compose_cartridge_adapters
 from .prompts.cartridge import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values

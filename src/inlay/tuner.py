@@ -5,7 +5,7 @@ It exists for the code that expects it; the session and the places in the model 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -169,10 +169,32 @@ class BaseTuner(nn.Module):
         """The base model as it was before any adapter."""
         return merging.unload(self.model, self.session, keep_merged=False)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        from .core.method import Additive
+    # -- operations --
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float] | Mapping[str, Sequence[float]],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: float | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        **options: Any,
+    ) -> None:
+        """Add an adapter that is made of others, of any method; see `inlay.operations.combine.add_weighted_adapter`."""
+        from .operations.combine import add_weighted_adapter
 
-        return isinstance(self.peft_config[adapter_name], Additive)
+        svd = (svd_rank, svd_clamp, svd_full_matrices, svd_driver)
+        add_weighted_adapter(
+            self.model, adapters, weights, adapter_name, combination_type, *svd, density, majority_sign_method, **options
+        )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` takes an adapter."""
+        return all(not p.method.unmergeable for p in adapters_of(self.model, adapter_name))
 
 
 TUNERS: dict[str, type[BaseTuner]] = {}

@@ -55,6 +55,7 @@ _HOMES = {
         "AuxiliaryTrainingWrapper BaseTunerLayer LoHaLayer LoKrLayer LoraLayer ModulesToSaveWrapper TrainableTokensWrapper"
     ),
     "inlay.compat.loading": "build_peft_weight_mapping",
+    "inlay.operations.convert": "convert_to_lora save_as_lora",
     "inlay.methods.lokr": "factorization",
     "inlay.optimizers": "LoraFAOptimizer create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer",
     "inlay.methods.arrow": "ArrowConfig create_arrow_model",

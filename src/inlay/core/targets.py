@@ -366,7 +366,7 @@ def _check_patterns(
             found.unmatched |= {w: nearest(w, ends) for w in missing if w not in covered}
     for name in sorted(set(config.target_parameters or ()) - parameters):
         found.unmatched[name] = nearest(name, [f"{t.path}.{t.site.name}" for t in found.targets])
-    paths = [t.path for t in found.targets]
+    paths = [n for t in found.targets for n in {t.path, t.name}]
     for attribute in (*config.patterns, "overrides"):
         for pattern in getattr(config, attribute) or {}:
             if not any(matches(pattern, p) for p in paths):

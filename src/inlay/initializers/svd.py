@@ -71,3 +71,20 @@ def orthonormal(columns: Tensor) -> Tensor:
 
 def orthonormal_rows(rows: Tensor) -> Tensor:
     return orthonormal(rows.mT).mT
+
+
+def singular_vectors_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular values of ``B A`` and their vectors, exact, without forming the product: by QR of either factor and the
+    decomposition of the small core between them.
+
+    Args:
+        b: ``(*batch, m, r)``.
+        a: ``(*batch, r, n)``.
+
+    Returns:
+        As `singular_vectors`, ``min(m, r, n)`` of them, in double precision.
+    """
+    left, upper = torch.linalg.qr(precise(b))
+    right, lower = torch.linalg.qr(precise(a).mT)
+    u, s, vt = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
+    return left @ u, s, right @ vt.mT

@@ -1,0 +1,294 @@
+"""How changes of several adapters become one: a pure function on stacked tensors each, registered under its name.
+
+A rule takes ``t (n, ...)``, one tensor an adapter, and ``w (n,)``, their weights. What the tensors are is the combination's
+`space`: the change of the weight, LoRA's factors one by one, or coordinates that the adapters have in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..core.config import nearest
+
+
+@dataclass(frozen=True)
+class Options:
+    """What rules go by beside the weights.
+
+    Args:
+        density: the share of each tensor's numbers that stays, in [0, 1].
+        majority_sign_method: elect the sign of a number by its ``"total"`` over the adapters, or by their ``"frequency"``.
+        gamma: the share of the largest numbers that breadcrumbs leave out.
+        epsilon: by how much DELLA's chances to stay differ from the smallest number to the largest.
+        generator: of the draws.
+    """
+
+    density: float = 1.0
+    majority_sign_method: str = "total"
+    gamma: float = 0.01
+    epsilon: float = 0.1
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+
+Rule = Callable[[Tensor, Tensor, Options], Tensor]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A way to combine.
+
+    Attributes:
+        rule: on stacked tensors.
+        space: ``"sum"`` (the rule is linear, and sums of products stay products), ``"delta"``, ``"factors"`` (A and B each by
+            itself, where all adapters are LoRA), ``"invariant"`` (the change of the weight, in any orthonormal basis),
+            ``"aligned"`` (`knots`) or ``"core"`` (`core_ties`).
+        prunes: it goes by ``density``.
+        fixed_rank: the result is of the largest rank that comes in unless another is asked for.
+        paper: its number at arXiv.
+        summary: what it does, in one line.
+    """
+
+    name: str
+    rule: Rule
+    space: str
+    prunes: bool
+    fixed_rank: bool
+    paper: str
+    summary: str
+
+
+COMBINATIONS: dict[str, Combination] = {}
+
+
+def rule(name: str, space: str, paper: str, *, svd: bool = False, prunes: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule; its docstring's first line says what it does.
+
+    Args:
+        svd: also on the change of the weight, cut to the rank of LoRA, as ``<name>_svd``.
+    """
+
+    def register(function: Rule) -> Rule:
+        summary = (function.__doc__ or "").split("\n")[0]
+        COMBINATIONS[name] = Combination(name, function, space, prunes, False, paper, summary)
+        if svd:
+            cut = f"{summary.rstrip('.')}; on the change of the weight, cut to a rank."
+            COMBINATIONS[f"{name}_svd"] = Combination(f"{name}_svd", function, "delta", prunes, True, paper, cut)
+        return function
+
+    return register
+
+
+def combination(name: str) -> Combination:
+    """
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in COMBINATIONS:
+        raise ValueError(f"Invalid combination_type: {name!r}.{nearest(name, COMBINATIONS)} Known: {', '.join(sorted(COMBINATIONS))}.")
+    return COMBINATIONS[name]
+
+
+# ---- what rules are made of -------------------------------------------------------------------------------------------------
+def weighted(t: Tensor, w: Tensor) -> Tensor:
+    """Each tensor times its weight."""
+    return t * w.to(t).view(-1, *(1 for _ in t.shape[1:]))
+
+
+def shares(w: Tensor) -> Tensor:
+    """The weights as shares of their sum.
+
+    Raises:
+        ValueError: they have no positive sum.
+    """
+    if w.sum() <= 0:
+        raise ValueError(f"The weights {[round(x, 6) for x in w.tolist()]} are taken as shares of their sum, which must be positive.")
+    return w / w.sum()
+
+
+def largest(t: Tensor, density: float) -> Tensor:
+    """This share of each tensor's numbers by magnitude; the rest zero."""
+    kept = int(density * t[0].numel())
+    if kept >= t[0].numel():
+        return t
+    if kept == 0:
+        return torch.zeros_like(t)
+    flat = t.flatten(1)
+    sizes = flat.abs()
+    least = torch.stack([s.kthvalue(s.numel() - kept + 1).values for s in sizes])
+    return torch.where(sizes >= least[:, None], flat, 0).view_as(t)
+
+
+def drawn(t: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Each number with this chance, and divided by it (DARE)."""
+    if density >= 1:
+        return t
+    kept = torch.rand(t.shape, generator=generator).to(t.device) < density
+    return torch.where(kept, t / density, 0) if density else torch.zeros_like(t)
+
+
+def agreeing(t: Tensor, w: Tensor, method: str) -> Tensor:
+    """At each number the mean of those adapters whose sign is that of the majority (TIES)."""
+    majority = t.sum(0) if method == "total" else t.sign().sum(0)
+    agrees = t.sign() == torch.where(majority >= 0, 1, -1)
+    return (weighted(t, w) * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+# ---- HF peft's ----------------------------------------------------------------------------------------------------------
+@rule("linear", "factors", "2212.04089")
+def linear(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """The weighted sum; of LoRA's factors one by one, of anything else exactly."""
+    return weighted(t, w).sum(0)
+
+
+@rule("cat", "sum", "2212.04089")
+def cat(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """The weighted sum, exactly: ranks side by side."""
+    return linear(t, w, o)
+
+
+@rule("ties", "factors", "2306.01708", svd=True, prunes=True)
+def ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """Trim to the largest numbers, elect a sign, and average who agrees with it."""
+    return agreeing(largest(t, o.density), w, o.majority_sign_method)
+
+
+@rule("dare_linear", "factors", "2311.03099", svd=True, prunes=True)
+def dare_linear(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """Drop numbers at random, scale up the rest, and sum."""
+    return linear(drawn(t, o.density, o.generator), w, o)
+
+
+@rule("dare_ties", "factors", "2311.03099", svd=True, prunes=True)
+def dare_ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """Drop numbers at random, scale up the rest, elect a sign, and average who agrees with it."""
+    return agreeing(drawn(t, o.density, o.generator), w, o.majority_sign_method)
+
+
+@rule("magnitude_prune", "factors", "2306.01708", svd=True, prunes=True)
+def magnitude_prune(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """Trim to the largest numbers, and sum."""
+    return linear(largest(t, o.density), w, o)
+
+
+# ---- ours ---------------------------------------------------------------------------------------------------------------
+@rule("soup", "sum", "2203.05482")
+def soup(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """The mean, by shares: a model soup."""
+    return linear(t, shares(w), o)
+
+
+@rule("karcher", "invariant", "")
+def karcher(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """The mean of directions on the sphere (Karcher 1977), by shares, at the mean of the lengths."""
+    flat, w = t.flatten(1), shares(w).to(t)
+    lengths = flat.norm(dim=1)
+    there = lengths > 0
+    if not there.any():
+        return torch.zeros_like(t[0])
+    units, part = flat[there] / lengths[there, None], w[there] / w[there].sum().clamp_min(1e-12)
+    mean = linear(units, part, o)
+    # Opposite directions have no mean; start from the first, as any start would do.
+    mean = mean / mean.norm() if mean.norm() > 1e-6 else units[0]
+    for _ in range(50):
+        cosines = (units @ mean).clamp(-1, 1)
+        angles = cosines.arccos()
+        # The way from the mean to each direction, along the sphere.
+        to = (units - cosines[:, None] * mean) * torch.where(angles > 1e-6, angles / angles.sin().clamp_min(1e-7), 1)[:, None]
+        step = linear(to, part, o)
+        size = step.norm()
+        if size < 1e-7:
+            break
+        mean = size.cos() * mean + size.sin() * step / size
+    return ((w * lengths).sum() * mean).view_as(t[0])
+
+
+@rule("slerp", "invariant", "")
+def slerp(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """From one adapter to the other along the sphere (Shoemake 1985), by shares; of more than two, their Karcher mean."""
+    if len(t) != 2:
+        return karcher(t, w, o)
+    one, other = t
+    share = float(shares(w)[1])
+    lengths = one.norm() * other.norm()
+    cosine = float((one.flatten() @ other.flatten()) / lengths) if lengths > 0 else 1.0
+    if abs(cosine) > 1 - 1e-6:
+        return torch.lerp(one, other, share)
+    angle = torch.tensor(cosine, dtype=torch.float64).arccos()
+    left, right = (((1 - share) * angle).sin() / angle.sin()).item(), ((share * angle).sin() / angle.sin()).item()
+    return left * one + right * other
+
+
+def kept_by_rank(t: Tensor, o: Options) -> Tensor:
+    """Numbers at random, the larger of a row the likelier, each divided by its chance (DELLA's MagPrune)."""
+    if o.density >= 1:
+        return t
+    width = t.shape[-1]
+    ranks = t.abs().argsort(-1).argsort(-1).to(t.dtype)
+    spread = o.epsilon * (ranks / max(width - 1, 1) - 0.5)
+    chance = (o.density + spread).clamp(1e-6, 1)
+    kept = torch.rand(t.shape, generator=o.generator).to(t.device) < chance
+    return torch.where(kept, t / chance, 0)
+
+
+@rule("della_linear", "delta", "2406.11617", svd=True, prunes=True)
+def della_linear(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """Drop numbers at random, the small ones of a row rather than the large, scale up the rest, and sum."""
+    return linear(kept_by_rank(t, o), w, o)
+
+
+@rule("della", "delta", "2406.11617", svd=True, prunes=True)
+def della(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """Drop numbers at random, the small ones of a row rather than the large, elect a sign, and average who agrees with it."""
+    return agreeing(kept_by_rank(t, o), w, o.majority_sign_method)
+
+
+def crumbs(t: Tensor, o: Options) -> Tensor:
+    """The share ``density`` of each tensor by magnitude, below the share ``gamma`` of outliers."""
+    return largest(t, min(o.density + o.gamma, 1)) - largest(t, o.gamma)
+
+
+@rule("breadcrumbs", "delta", "2312.06795", svd=True, prunes=True)
+def breadcrumbs(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """Leave out the smallest numbers and the few largest, and sum."""
+    return linear(crumbs(t, o), w, o)
+
+
+@rule("breadcrumbs_ties", "delta", "2312.06795", svd=True, prunes=True)
+def breadcrumbs_ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """Leave out the smallest numbers and the few largest, elect a sign, and average who agrees with it."""
+    return agreeing(crumbs(t, o), w, o.majority_sign_method)
+
+
+@rule("sce", "delta", "2408.07990", svd=True, prunes=True)
+def sce(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """Select numbers in which the adapters differ most, weigh each adapter by its energy there, erase the minority's signs."""
+    if len(t) == 1:
+        return t[0] * shares(w).to(t)
+    chosen = t * (largest(t.var(0).unsqueeze(0), o.density) != 0)
+    energy = w.to(t) * chosen.flatten(1).square().sum(1)
+    total = energy.sum()
+    parts = weighted(chosen, energy / total if total > 0 else torch.zeros_like(energy))
+    sign = torch.where(parts.sum(0) >= 0, 1, -1)
+    part = weighted(torch.ones_like(t), energy / total if total > 0 else energy) * (parts.sign() == sign)
+    return (parts * (parts.sign() == sign)).sum(0) / part.sum(0).clamp_min(1e-12)
+
+
+@rule("knots", "aligned", "2410.19735", prunes=True)
+def knots(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """TIES on what the adapters have along the left singular vectors of all of them (KnOTS); of low rank where they are."""
+    return ties(t, w, o)
+
+
+@rule("core_ties", "core", "2509.17786", prunes=True)
+def core_ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
+    """TIES on the small cores between bases of all left and all right factors (Core Space); of low rank where they are."""
+    return ties(t, w, o)
+
+
+COMBINATIONS["svd"] = Combination(
+    "svd", linear, "sum", False, True, "2212.04089", "The weighted sum, cut exactly to the rank of the largest adapter."
+)

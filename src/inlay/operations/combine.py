@@ -1,0 +1,307 @@
+"""Several adapters of a model become one: adapters of any method, of different methods and ranks."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.attach import attach
+from ..core.inlaid import Adapter, adapters_of, places
+from ..core.method import Method, generator_for, matches
+from ..core.plan import Part
+from ..formats.state import adapter_tensors, fill, slots_of_parts
+from ..initializers.svd import precise
+from ..methods.ia3 import IA3Config
+from .arithmetic import COMBINATIONS, Combination, Options, combination, linear
+from .updates import Effect, Key, Tokens, Update, base_and_configs, config_for, cut, effects, nothing, put
+
+Weights = Sequence[float] | Mapping[str, Sequence[float]]
+
+
+@torch.no_grad()
+def add_weighted_adapter(
+    model: nn.Module,
+    adapters: Sequence[str],
+    weights: Weights,
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: float | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    *,
+    gamma: float = 0.01,
+    epsilon: float = 0.1,
+    seed: int | None = None,
+) -> None:
+    """Add an adapter that is made of others. It is frozen; the active ones stay active.
+
+    LoRA gives LoRA. What has no factors goes by what it changes in the weight, and gives a trained matrix (`FullConfig`) unless
+    ``svd_rank`` asks for LoRA. Retrained biases, tokens and modules are combined by the same rule. One adapter alone comes back
+    as it is, times its weight.
+
+    Args:
+        model: a `PeftModel`, or a model that adapters were injected into.
+        adapters: names of adapters of any method.
+        weights: a number an adapter, also negative; or such lists by pattern of module names, ``{"layers.0.*": [1, 0], ".*":
+            [0.5, 0.5]}``, of which the first that matches holds.
+        adapter_name: of the new adapter.
+        combination_type: see `COMBINATIONS`, and ``inlay combine --help``.
+        svd_rank: the rank of the result, or the share of the squared norm that is to stay; for the ``svd`` types the largest rank
+            that comes in, where None.
+        svd_clamp: limit factors that come of a decomposition to this quantile of their numbers.
+        svd_full_matrices, svd_driver: for HF's signature; no full decomposition is made.
+        density: the share of numbers that stays, for types that prune.
+        majority_sign_method: ``"total"`` or ``"frequency"``, for types that elect signs.
+        gamma, epsilon: of breadcrumbs and DELLA, see `Options`.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: an adapter, the type or a number is wrong. The model is untouched.
+        TypeError: a method is no function of the weight, and there is more than it alone.
+    """
+    base, configs = base_and_configs(model, adapters)
+    chosen = combination(combination_type)
+    if adapter_name in configs:
+        warnings.warn(f"There is an adapter {adapter_name!r} already; it stays as it is. Delete it first to combine anew.", stacklevel=2)
+        return
+    _check(adapters, weights, chosen, density, majority_sign_method)
+    methods = [configs[name] for name in adapters]
+    if len(adapters) == 1:
+        chosen, svd_rank = COMBINATIONS["cat"], svd_rank if chosen.fixed_rank else None
+        if svd_rank is None and list(_weights_at(weights, "", 1)) == [1]:
+            _copy(base, adapters[0], adapter_name)
+            return
+    if _are_gains(base, adapters) and chosen.name in ("svd", "linear", "cat"):
+        _add_gains(base, adapters, weights, adapter_name)
+        return
+    found = effects(base, adapters)
+    options = Options(1.0 if density is None else density, majority_sign_method, gamma, epsilon)
+    rank = svd_rank
+    if rank is None and chosen.fixed_rank:
+        ranks = [u.rank for e in found for u in e.weights.values()]
+        rank = None if None in ranks else max((r for r in ranks if r is not None), default=1)
+    effect = combined(found, weights, chosen, options, rank, svd_clamp, seed)
+    config = config_for(base, effect, methods)  # type: ignore[arg-type]
+    _attach(base, config, adapter_name, lambda parts: put(parts, effect, base))
+
+
+def _check(adapters: Sequence[str], weights: Weights, chosen: Combination, density: float | None, sign: str) -> None:
+    if not adapters:
+        raise ValueError("There is nothing to combine: name at least one adapter.")
+    for numbers in weights.values() if isinstance(weights, Mapping) else (weights,):
+        if len(numbers) != len(adapters):
+            raise ValueError(f"{len(numbers)} weights for {len(adapters)} adapters; give one a piece.")
+    if chosen.prunes and len(adapters) > 1 and density is None:
+        raise ValueError(f"{chosen.name!r} prunes: give `density`, the share of numbers that stays, such as 0.5.")
+    if density is not None and density < 0:
+        raise ValueError(f"`density` is a share in [0, 1], not {density!r}.")
+    if density is not None and density > 1:
+        warnings.warn(f"The density {density} is greater than 1: nothing is pruned.", stacklevel=3)
+    if sign not in ("total", "frequency"):
+        raise ValueError(f"`majority_sign_method` is 'total' or 'frequency', not {sign!r}.")
+
+
+def _weights_at(weights: Weights, name: str, count: int) -> Sequence[float]:
+    """The weights that hold at a module.
+
+    Raises:
+        ValueError: no pattern matches it.
+    """
+    if not isinstance(weights, Mapping):
+        return weights
+    found = next((numbers for pattern, numbers in weights.items() if matches(pattern, name)), None)
+    if found is None and name:
+        raise ValueError(f'No pattern of the weights matches {name!r}; end with ".*": [...] for all others.')
+    return found or [0.0] * count
+
+
+# ---- the combination ------------------------------------------------------------------------------------------------------
+def combined(
+    found: Sequence[Effect], weights: Weights, chosen: Combination, options: Options, rank: float | None, clamp: float | None, seed: int | None
+) -> Effect:
+    """One effect of several."""
+
+    def at(name: str) -> tuple[Tensor, Options]:
+        w = torch.tensor([float(x) for x in _weights_at(weights, name, len(found))], dtype=torch.float64)
+        return w, replace(options, generator=generator_for(seed, "combine", name))
+
+    def tensors(name: str, given: Sequence[Tensor | None]) -> Tensor | None:
+        """The rule on plain tensors, of which some adapters may have none."""
+        like = next((t for t in given if t is not None), None)
+        if like is None:
+            return None
+        w, o = at(name)
+        return chosen.rule(torch.stack([torch.zeros_like(like) if t is None else t.to(like) for t in given]), w.to(like), o)
+
+    result = Effect(ties=any(e.ties for e in found))
+    for key in _keys([e.weights for e in found]):
+        known = next(e.weights[key] for e in found if key in e.weights)
+        updates = [e.weights.get(key) or nothing(known.name, known.site) for e in found]
+        update = combined_at(updates, *at(known.name), chosen)
+        if rank is not None:
+            update, _ = cut(update, rank, clamp)
+        update.bias = tensors(known.name, [u.bias for u in updates])
+        result.weights[key] = update
+    for key in _keys([e.biases for e in found]):
+        change = tensors(key[0], [e.biases.get(key) for e in found])
+        assert change is not None
+        result.biases[key] = change
+    for path in _keys([e.tokens for e in found]):
+        result.tokens[path] = _tokens(path, [e.tokens.get(path) for e in found], tensors)
+    for path in _keys([e.modules for e in found]):
+        inside = [e.modules.get(path, {}) for e in found]
+        changes = {name: tensors(f"{path}.{name}".rpartition(".")[0], [i.get(name) for i in inside]) for name in _keys(inside)}
+        result.modules[path] = {name: t for name, t in changes.items() if t is not None}
+    return result
+
+
+def _keys(tables: Sequence[Mapping[Any, Any]]) -> list[Any]:
+    return list(dict.fromkeys(key for table in tables for key in table))
+
+
+def _tokens(path: str, given: Sequence[Tokens | None], tensors: Any) -> Tokens:
+    known = next(t for t in given if t is not None)
+    indices = sorted({i for t in given if t is not None for i in t.indices})
+    spread = []
+    for t in given:
+        rows = known.rows.new_zeros(len(indices), known.rows.shape[-1])
+        if t is not None:
+            rows[[indices.index(i) for i in t.indices]] = t.rows
+        spread.append(rows)
+    return Tokens(known.site, indices, tensors(path, spread))
+
+
+def combined_at(updates: Sequence[Update], w: Tensor, o: Options, chosen: Combination) -> Update:
+    """One update of several at the same weight; its bias is left out."""
+    name, site = updates[0].name, updates[0].site
+    thin = all(u.dense is None for u in updates)
+    if chosen.space == "factors" and all(u.free for u in updates):
+        return _by_factors(updates, w, o, chosen)
+    is_sum = chosen.space == "sum" or chosen.rule is linear
+    if is_sum and thin:
+        # What a linear rule makes of unit vectors are its coefficients.
+        each = chosen.rule(torch.eye(len(updates), dtype=w.dtype), w, o).tolist()
+        factors = [u.factors() for u in updates]
+        return Update(name, site, torch.cat([a for a, _ in factors], -2), torch.cat([c * b for c, (_, b) in zip(each, factors, strict=True)], -1))
+    if chosen.space == "aligned":
+        found = _aligned(updates, w, o, chosen)
+    elif chosen.space == "core" or (chosen.space == "invariant" and thin):
+        found = _in_core(updates, w, o, chosen)
+    else:
+        stacked = torch.stack([u.matrix() for u in updates])
+        return Update(name, site, dense=chosen.rule(stacked, w.to(stacked), o))
+    return found if thin else Update(name, site, dense=found.matrix())
+
+
+def _by_factors(updates: Sequence[Update], w: Tensor, o: Options, chosen: Combination) -> Update:
+    """A and B each by itself, as HF peft does: either gets the root of the weight, and A the sign."""
+    rank = max(u.rank or 0 for u in updates)
+    scaled = w * torch.tensor([u.scale for u in updates], dtype=w.dtype)
+    root = scaled.abs().sqrt()
+    a = torch.stack([nn.functional.pad(u.a, (0, 0, 0, rank - u.a.shape[-2])) for u in updates if u.a is not None])
+    b = torch.stack([nn.functional.pad(u.b, (0, rank - u.b.shape[-1])) for u in updates if u.b is not None])
+    sign = torch.where(scaled >= 0, 1.0, -1.0)
+    return Update(updates[0].name, updates[0].site, chosen.rule(a, (root * sign).to(a), o), chosen.rule(b, root.to(b), o))
+
+
+def _aligned(updates: Sequence[Update], w: Tensor, o: Options, chosen: Combination) -> Update:
+    """The rule on ``V_i`` of ``[D_1, ..., D_n] = U S [V_1, ..., V_n]``, from factors alone."""
+    factors = [u.factors() for u in updates]
+    left, upper = torch.linalg.qr(precise(torch.cat([b for _, b in factors], -1)))
+    parts = [up @ precise(a) for up, (a, _) in zip(upper.split([b.shape[-1] for _, b in factors], -1), factors, strict=True)]
+    inside, s, right = torch.linalg.svd(torch.cat(parts, -1), full_matrices=False)
+    there = s > s[..., :1] * 1e-9
+    kept = max(int(there.sum(-1).max()), 1)
+    u, s, right = (left @ inside)[..., :kept], s[..., :kept], right[..., :kept, :]
+    v = torch.stack(right.chunk(len(updates), -1)) * there[..., :kept].unsqueeze(-1)
+    return Update(updates[0].name, updates[0].site, chosen.rule(v, w.to(v), o).float(), (u * s.unsqueeze(-2)).float())
+
+
+def _in_core(updates: Sequence[Update], w: Tensor, o: Options, chosen: Combination) -> Update:
+    """The rule on ``M_i = U' D_i V``, between bases of all left and all right factors. Lengths and angles are those of ``D_i``."""
+    factors = [u.factors() for u in updates]
+    left = torch.linalg.svd(precise(torch.cat([b for _, b in factors], -1)), full_matrices=False)[0]
+    right = torch.linalg.svd(precise(torch.cat([a for a, _ in factors], -2)), full_matrices=False)[2]
+    cores = torch.stack([(left.mT @ precise(b)) @ (precise(a) @ right.mT) for a, b in factors])
+    return Update(updates[0].name, updates[0].site, right.float(), (left @ chosen.rule(cores, w.to(cores), o)).float())
+
+
+# ---- setting in -----------------------------------------------------------------------------------------------------------
+def _attach(base: nn.Module, config: Method, name: str, values: Any) -> None:
+    session = attach(base, config, name, activate_it=False, fill=values)
+    session.trainable.discard(name)
+    for place in places(base):
+        if name in place.adapters:
+            place.adapters[name].requires_grad_(False)
+
+
+def _copy(base: nn.Module, source: str, name: str) -> None:
+    """The same adapter under another name, of whatever method it is."""
+    _, configs = base_and_configs(base, (source,))
+    from ..core.inlaid import session_of
+
+    session = session_of(base)
+    assert session is not None
+    config: Any = copy.deepcopy(configs[source])
+    replicated = getattr(config, "layer_replication", None)
+    if replicated:
+        # The base is replicated already.
+        config.layer_replication = None
+    tensors = adapter_tensors(base, session, source, save_embedding_layers=False)
+    _attach(base, config, name, lambda parts: fill(slots_of_parts(parts, name), base, tensors, name))
+    if replicated:
+        config.layer_replication = replicated
+    for place in places(base):
+        old, new = place.adapters.get(source), place.adapters.get(name)
+        if isinstance(old, Adapter) and isinstance(new, Adapter):
+            new.strength = old.strength
+
+
+# ---- gains ----------------------------------------------------------------------------------------------------------------
+def _are_gains(base: nn.Module, names: Sequence[str]) -> bool:
+    """Whether all are (IA)^3 that agree at each layer on what is scaled, and nothing else."""
+    seen: dict[Key, set[type]] = {}
+    for name in names:
+        for place in places(base):
+            p = place.adapters.get(name)
+            if p is None:
+                continue
+            if not isinstance(p, Adapter) or not isinstance(p.method, IA3Config) or p.trained_bias is not None or p.strength != 1:
+                return False
+            seen.setdefault((place.path, place.name), set()).add(type(p.method))
+    return all(len(kinds) == 1 for kinds in seen.values())
+
+
+def _add_gains(base: nn.Module, names: Sequence[str], weights: Weights, name: str) -> None:
+    """(IA)^3 of weighted gains, as HF peft; where an adapter is absent its gains are ones."""
+    _, configs = base_and_configs(base, names)
+    found: list[dict[str, Tensor]] = [{p.path: p.ia3_l.detach() for p in adapters_of(base, n)} for n in names]
+    inputs = {p.path for n in names for p in adapters_of(base, n) if type(p.method) is not IA3Config}
+    first: Any = configs[names[0]]
+    targeting = ("target_modules", "feedforward_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    if all(getattr(configs[n], f) == getattr(first, f) for n in names for f in targeting):
+        config = copy.deepcopy(first)
+    else:
+        config = replace(
+            first, target_modules={*(path for f in found for path in f)}, feedforward_modules=inputs, exclude_modules=None,
+            layers_to_transform=None, layers_pattern=None,
+        )  # fmt: skip
+
+    def values(parts: list[Part]) -> None:
+        for part in parts:
+            p: Any = part.adapter
+            like = next(f[p.path] for f in found if p.path in f)
+            each = _weights_at(weights, p.path, len(names))
+            gains = sum(w * f.get(p.path, torch.ones_like(like)) for w, f in zip(each, found, strict=True))
+            p._parameters["ia3_l"] = nn.Parameter(torch.as_tensor(gains).to(like), requires_grad=False)
+
+    _attach(base, config, name, values)

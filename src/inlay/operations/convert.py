@@ -1,0 +1,137 @@
+"""An adapter of any method on weights as LoRA: exact where it is of low rank, else the nearest of a rank, with the error a layer."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.config import PeftType
+from ..core.plan import Plan
+from ..core.targets import bare_model
+from ..formats.folder import write_adapter
+from ..formats.state import PREFIX, key_in_file, slots_of_parts
+from ..methods.lora import LoraConfig
+from .updates import Update, base_and_configs, config_for, cut, effects, put
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of one weight.
+
+    Attributes:
+        name: of the weight.
+        rank: LoRA's, in each matrix of a stack.
+        norm: of what the adapter adds.
+        error: the norm of what LoRA lacks of it, over that norm.
+    """
+
+    name: str
+    rank: int
+    norm: float
+    error: float
+
+
+@dataclass
+class Conversion:
+    """LoRA in place of an adapter: its configuration, its tensors by their keys in a file, and what became of each weight."""
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    layers: list[Converted] = field(default_factory=list)
+
+
+@torch.no_grad()
+def conversion(model: nn.Module, rank: float | None = None, adapter_name: str = "default", progressbar: bool = False) -> Conversion:
+    """An adapter as LoRA. The model is left as it is.
+
+    Args:
+        model: a `PeftModel`, or a model that adapters were injected into.
+        rank: of LoRA, or the share of the squared norm that is to stay at each weight, or None: all of it, where the adapter is of
+            low rank.
+        adapter_name: which adapter.
+        progressbar: show how far it is, on a terminal.
+
+    Raises:
+        ValueError: the rank is no such number, is larger than any weight allows, or is needed.
+        TypeError: the method is no function of the weight.
+    """
+    _check_rank(rank)
+    base, configs = base_and_configs(model, (adapter_name,))
+    source: Any = configs[adapter_name]
+    effect = effects(base, (adapter_name,))[0]
+    if not effect.weights:
+        raise TypeError(f"{adapter_name!r} ({source.peft_type}) changes no weight that LoRA could stand for.")
+    most = max(min(u.site.shape[-2:]) for u in effect.weights.values())
+    if isinstance(rank, int) and rank > most:
+        raise ValueError(f"The chosen rank {rank} is larger than the weights' smaller side, {most}; choose a lower rank.")
+    layers = []
+    for key, update in _shown(effect.weights, progressbar):
+        if rank is None and update.dense is not None:
+            raise ValueError(f"{update.name!r} has no factors, so a rank is needed: an integer, or a share such as 0.99.")
+        found, error = (update, 0.0) if rank is None else cut(update, rank)
+        effect.weights[key] = found
+        layers.append(Converted(update.name, found.rank or 0, _norm(update), error))
+    config = config_for(base, effect, [source], rank if isinstance(rank, int) else 1 if rank is not None else None)
+    assert isinstance(config, LoraConfig)
+    parts = Plan(base, config, True, True).parts()
+    put(parts, effect, base)
+    prefix = "" if bare_model(model) is model else PREFIX
+    tensors = {key_in_file(s, prefix): s.to_file(s.tensor.detach()).contiguous() for s in slots_of_parts(parts, adapter_name)}
+    return Conversion(config, tensors, layers)
+
+
+def _check_rank(rank: float | None) -> None:
+    if isinstance(rank, float):
+        if not 0 < rank <= 1:
+            raise ValueError(f"A rank that is a float is the share that is to stay, in (0, 1], not {rank}.")
+    elif rank is not None and (isinstance(rank, bool) or rank < 1):
+        raise ValueError(f"A rank is a positive integer, or a share in (0, 1], not {rank!r}.")
+
+
+def _norm(update: Update) -> float:
+    if update.dense is not None:
+        return float(update.dense.norm())
+    a, b = update.factors()
+    # |B A|^2 from the small products of each factor with itself.
+    return float(((b.mT @ b).double() * (a @ a.mT).double()).sum().clamp_min(0).sqrt())
+
+
+def _shown(weights: dict[Any, Update], progressbar: bool) -> Any:
+    if not progressbar:
+        return list(weights.items())
+    from tqdm import tqdm
+
+    return tqdm(list(weights.items()), desc="Converting to LoRA")
+
+
+def convert_to_lora(
+    model: nn.Module, rank: float, adapter_name: str = "default", progressbar: bool = False, compile_kwargs: dict[str, Any] | None = None
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The configuration and the tensors of an adapter as LoRA, as HF peft gives them; `conversion` has the errors too.
+
+    Arguments and errors as for `conversion`; ``compile_kwargs`` is for HF's signature.
+    """
+    _, configs = base_and_configs(model, (adapter_name,))
+    if configs[adapter_name].peft_type == PeftType.LORA:
+        warnings.warn("Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that.", stacklevel=2)
+    found = conversion(model, rank, adapter_name, progressbar)
+    return found.config, found.tensors
+
+
+def save_as_lora(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    rank: float,
+    adapter_name: str = "default",
+    progressbar: bool = False,
+    compile_kwargs: dict[str, Any] | None = None,
+) -> None:
+    """Convert an adapter and write it as LoRA into a folder. Arguments and errors as for `convert_to_lora`."""
+    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
+    write_adapter(Path(path), {key if key.startswith("base_model.") else PREFIX + key: t for key, t in tensors.items()}, config.to_file())
