@@ -1,0 +1,135 @@
+"""ShadowPEFT against HF peft: files both ways, logits, losses, generations, training steps."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
+
+import inlay
+
+from .models import MODELS, SIZES, seeded, tokens
+from .support import WEIGHTS, both_ways, close, jitter, outputs, same_files, same_steps, train
+
+NARROW = {"shadow_hidden_size": 8, "shadow_intermediate_size": 12, "shadow_num_attention_heads": 1}
+OPTIONS = {
+    "plain": {},
+    "narrow": NARROW,
+    "deep": {"shadow_num_hidden_layers": 3, "r": 3, "update_hidden_size": 5, "shadow_alpha": 0.7},
+    "own-embeddings": {"share_embeddings": False},
+    "some-blocks": {"target_modules": r"model\.layers\.1"},
+    "random": {"init_weights": False},
+}
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+
+
+def sequence():
+    return LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3, pad_token_id=0))
+
+
+MODELS["llama-sequence"] = (seeded(sequence), tokens)
+
+
+def pair(folder, name="llama", trainable=False, **options):
+    """The real library's model and ours, of one file."""
+    build, _ = MODELS[name]
+    theirs = peft.get_peft_model(build(), peft.ShadowConfig(shadow_dropout=0.0, shadow_alpha=0.8, **options))
+    jitter(theirs)
+    theirs.save_pretrained(folder)
+    return theirs, inlay.PeftModel.from_pretrained(build(), folder, is_trainable=trainable)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_llama(tmp_path: Path, options: dict) -> None:
+    both_ways("llama", "ShadowConfig", tmp_path, **{"shadow_alpha": 0.8, **options})
+
+
+def test_gpt2_of_another_width(tmp_path: Path) -> None:
+    both_ways("gpt2", "ShadowConfig", tmp_path, shadow_alpha=0.8, shadow_hidden_size=8)
+
+
+def test_gpt2_reads_the_embeddings_of_its_base(tmp_path: Path) -> None:
+    # HF keeps, trains and saves a second table of embeddings that nothing reads.
+    both_ways("gpt2", "ShadowConfig", tmp_path, exact_files=False, same_count=False, shadow_alpha=0.8)
+    mine, its = (set(load_file(tmp_path / folder / WEIGHTS)) for folder in ("ours", "theirs"))
+    assert its - mine == {"base_model.shadow_backbone.default.wte.weight"} and mine < its
+
+
+def test_mixtral(tmp_path: Path) -> None:
+    both_ways("mixtral", "ShadowConfig", tmp_path, shadow_alpha=0.8)
+
+
+@pytest.mark.parametrize("options", [{}, NARROW], ids=["plain", "narrow"])
+def test_five_steps(tmp_path: Path, options: dict) -> None:
+    same_steps("llama", "ShadowConfig", tmp_path, shadow_dropout=0.0, shadow_alpha=0.8, **options)
+
+
+@pytest.mark.parametrize(("name", "task"), [("llama", "CAUSAL_LM"), ("llama-sequence", "SEQ_CLS")])
+def test_the_loss_of_what_the_shadow_predicts_alone(tmp_path: Path, name: str, task: str) -> None:
+    theirs, ours = pair(tmp_path, name, True, task_type=task, auxiliary_loss_weight=0.5)
+    inputs = tokens()
+    inputs["labels"] = inputs["input_ids"] if task == "CAUSAL_LM" else torch.tensor([0, 2, 1])
+    inputs["attention_mask"] = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0]])
+    losses = []
+    for model in (theirs, ours):
+        model.train()
+        optimizer = torch.optim.SGD([q for q in model.parameters() if q.requires_grad], lr=0.05)
+        losses.append([])
+        for _ in range(5):
+            loss = model(**inputs).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert ours.base_model.latest_shadow_loss().item() == pytest.approx(theirs.base_model.last_shadow_loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generations(tmp_path: Path, name: str, how: dict) -> None:
+    theirs, ours = pair(tmp_path, name)
+    inputs = tokens() | {"attention_mask": torch.tensor([[1] * 6, [0] * 2 + [1] * 4, [0] + [1] * 5])}
+    expected = theirs.generate(**inputs, **GREEDY, **how)
+    assert torch.equal(ours.generate(**inputs, **GREEDY, **how), expected)
+    assert torch.equal(ours.generate(**inputs, **GREEDY, **how, use_cache=False), expected)
+    assert torch.equal(ours.generate(**inputs, **GREEDY, **how, cache_implementation="static"), expected)
+    assert not torch.equal(MODELS[name][0]().generate(**inputs, **GREEDY, **how), expected)
+
+
+def test_the_shadow_alone(tmp_path: Path) -> None:
+    theirs, ours = pair(tmp_path, task_type="CAUSAL_LM")
+    its, mine = theirs.base_model.unload_shadow(copy=True), ours.base_model.unload_shadow(copy=True)
+    close(mine(**tokens()).logits, its(**tokens()).logits)
+    assert torch.equal(mine.generate(**tokens(), **GREEDY), its.generate(**tokens(), **GREEDY))
+    close(ours.base_model.unload_shadow()(**tokens()).logits, mine(**tokens()).logits)
+
+
+def trained_shadow(folder: Path, projected: bool) -> None:
+    torch.manual_seed(1)
+    config = LlamaConfig(**SIZES | {"hidden_size": 8})
+    model = LlamaModel(config)
+    if not projected:
+        config.hidden_size = 16
+        LlamaModel(LlamaConfig(**SIZES)).save_pretrained(folder)
+        return
+    import json
+
+    folder.mkdir()
+    tensors = {f"shadow_model.{k}": v for k, v in model.state_dict().items()}
+    save_file(tensors | {"shadow_hidden_projection.weight": torch.randn(16, 8)}, folder / "model.safetensors")
+    plain = {"model_type": "causal_lm_with_hidden_projection", "shadow_model_config": config.to_dict()}
+    (folder / "config.json").write_text(json.dumps(plain))
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_trained_shadow(tmp_path: Path, projected: bool) -> None:
+    trained_shadow(tmp_path / "shadow", projected)
+    options = {"shadow_model": str(tmp_path / "shadow"), "shadow_alpha": 0.8, "shadow_dropout": 0.0}
+    both_ways("llama", "ShadowConfig", tmp_path, **options)
+    same_steps("llama", "ShadowConfig", tmp_path / "steps", **options)
