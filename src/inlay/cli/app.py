@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from .chat import chat
+from .combine import CombineCommand, combine
 from .compare import compare
+from .convert import convert
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
@@ -17,7 +19,7 @@ from .train import MethodCommand, train
 
 app = typer.Typer(
     name="inlay",
-    help="Adapters set flush into a frozen model: train, compare, talk, inspect, merge, list methods.",
+    help="Adapters set flush into a frozen model: train, compare, talk, inspect, merge, combine, convert, list methods.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,7 +41,7 @@ def root(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries below say.")] = False,
 ) -> None:
-    """Adapters set flush into a frozen model: train, compare, talk, inspect, merge, list methods."""
+    """Adapters set flush into a frozen model: train, compare, talk, inspect, merge, combine, convert, list methods."""
 
 
 app.command(cls=MethodCommand)(train)
@@ -47,6 +49,8 @@ app.command()(compare)
 app.command()(chat)
 app.command()(inspect)
 app.command()(merge)
+app.command(cls=CombineCommand)(combine)
+app.command()(convert)
 app.command()(methods)
 app.command()(quickstart)
 
