@@ -59,6 +59,17 @@ def _penalising(session: Session, name: str) -> Method | None:
     return None if method is None or type(method).penalty is Method.penalty else method
 
 
+def left_out_of_loss(model: nn.Module) -> Tensor | float:
+    """The terms of the active adapters that the last call of the model has not added, since a trainer makes its loss of logits."""
+    session = session_of(model)
+    found: Tensor | float = 0.0
+    for name in () if session is None else session.choice().names:
+        method = _penalising(session, name) if name not in session.in_loss else None  # type: ignore[union-attr]
+        extra = None if method is None else method.penalty(adapters_of(model, name))
+        found = found if extra is None else found + extra
+    return found
+
+
 def not_in_loss(model: nn.Module, option: str, names: Sequence[str]) -> Tensor | float:
     """The term of the loss of those adapters that have an option set, for code that adds it by hand: without what the last call of
     the model has added to its loss, so that the sum has each term once.

@@ -54,6 +54,7 @@ class CPTConfig(PromptMethod):
 
     paper: ClassVar[str] = "arXiv 2410.17222"
     options: ClassVar[tuple[str, ...]] = ("input_type_mask",)
+    own_loss: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,6 +113,8 @@ class CPTConfig(PromptMethod):
     def forward(self, base: nn.Module, inputs: dict[str, Any], vectors: Tensor, options: Mapping[str, Any]) -> Any:
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
+        if inputs.get("fused_lm_head"):
+            raise ValueError("CPT has a loss of its own, and this trainer makes its loss of logits; use that of transformers.")
         outputs = base(**before_forward(inputs, vectors, words_of(base), self.task_type))
         if labels is None:
             return outputs
@@ -126,7 +129,9 @@ class CPTConfig(PromptMethod):
     def _with_prompt(self, labels: Tensor, types: Tensor) -> tuple[Tensor, Tensor]:
         """Labels and types of prompt and input: only what is a label is learned, and examples keep to themselves."""
         own = self._types(labels.device)
-        types = torch.where(types > 0, types + own.max(), types)
+        # The kind is the remainder by four, so what is added has to be a multiple of it (HF adds the maximum as it is, and with the
+        # default of one kind for the whole prompt no label is left).
+        types = torch.where(types > 0, types + 4 * -(-own.max() // 4), types)
         ids = torch.tensor(self.cpt_token_ids, device=labels.device)
         labels = torch.cat((ids.expand(len(labels), -1), labels), 1)
         types = torch.cat((own.expand(len(types), -1), types), 1)

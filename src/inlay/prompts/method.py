@@ -38,6 +38,8 @@ class PromptMethod(PromptLearningConfig):
     paper: ClassVar[str] = ""
     # Arguments of a forward pass that are the method's own, such as the task of each row.
     options: ClassVar[tuple[str, ...]] = ()
+    # The loss is the method's, and not that of the base's logits and labels.
+    own_loss: ClassVar[bool] = False
 
     # -- what it is made of --
     def prepare(self, base: nn.Module) -> None:

@@ -169,6 +169,18 @@ def parameter_counts(model: Any) -> dict[str, int]:
     }
 
 
+def has_own_loss(model: Any) -> bool:
+    """Whether an active adapter's method says itself what the loss is."""
+    return any(getattr(model.peft_config[name], "own_loss", False) for name in model.active_adapters)
+
+
+def left_out_of_loss(model: Any) -> Any:
+    """What active methods add to the loss and the model's last call did not: a tensor, or 0."""
+    from inlay.core.calls import left_out_of_loss
+
+    return left_out_of_loss(model.get_base_model())
+
+
 def serve_peft() -> None:
     """Let ``import peft`` mean Inlay, for transformers and TRL. Comes before their import."""
     import inlay.compat.peft  # noqa: F401

@@ -179,6 +179,15 @@ class _Run:
             raise InputError(f"--model {settings.model}: some weights are missing from its files.")
 
         class Trainer(SFTTrainer):
+            def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+                """TRL makes the loss of logits by itself; what a method adds comes on top, and a method's own loss in its place."""
+                if adapters.has_own_loss(self.accelerator.unwrap_model(model)):
+                    outputs = model(**inputs)
+                    return (outputs.loss, outputs) if return_outputs else outputs.loss
+                loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
+                extra = adapters.left_out_of_loss(self.accelerator.unwrap_model(model)) if model.training else 0.0
+                return (loss[0] + extra, *loss[1:]) if return_outputs else loss + extra
+
             def create_model_card(self, *args: Any, **kwargs: Any) -> None:
                 """Saving the adapter writes its card; one for the folder of checkpoints helps nobody."""
 
