@@ -88,7 +88,9 @@ def slots(path: str, in_file: str, site_name: str, adapter: nn.Module, name: str
             yield Slot(f"{in_file}.{param.key or own}".lstrip("."), live + own, adapter, own, param, adapter.site)
     if adapter.trained_bias is not None:
         inside = "" if isinstance(adapter.method, Biases) else "base_layer."
-        yield Slot(f"{base}{inside}bias", f"{live}trained_bias", adapter, "trained_bias")
+        # A host may have a bias for each of its raw parameters.
+        leaf = adapter.site.bias_name or "bias"
+        yield Slot(f"{base}{inside}{leaf}", f"{live}trained_bias", adapter, "trained_bias")
     if adapter.shared is None:
         return
     bank, bank_live = adapter.shared, f"{live if adapter.bank_at is None else _live(*adapter.bank_at, name)}bank."

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.config import PeftType
 from ..core.plan import Plan
-from ..core.targets import bare_model
+from ..core.targets import bare_model, tied_paths
 from ..formats.folder import write_adapter
 from ..formats.state import PREFIX, key_in_file, slots_of_parts
 from ..methods.lora import LoraConfig
@@ -65,6 +65,11 @@ def conversion(model: nn.Module, rank: float | None = None, adapter_name: str = 
     base, configs = base_and_configs(model, (adapter_name,))
     source: Any = configs[adapter_name]
     effect = effects(base, (adapter_name,))[0]
+    if not effect.weights:
+        # Tokens alone: columns of the weight, as many as the rank.
+        effect.ties = effect.ties or bool(set(effect.tokens) & set(tied_paths(base).values()))
+        effect.weights = {(path, t.site.name): t.update(path) for path, t in effect.tokens.items()}
+        effect.tokens = {}
     if not effect.weights:
         raise TypeError(f"{adapter_name!r} ({source.peft_type}) changes no weight that LoRA could stand for.")
     most = max(min(u.site.shape[-2:]) for u in effect.weights.values())
