@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from inlay.kernels import lowrank
+from inlay.kernels import decomposed, lowrank
 from inlay.kernels.decomposed import linear_decomposed, row_squares
+from inlay.kernels.dropout import draw_bits, factors
 from inlay.kernels.lowrank import linear_plus_low_rank
 
 from .cases import KERNELS, SCALE, SHAPES, Kernel, gradients, low_rank_formula, tensors
@@ -69,6 +71,53 @@ def test_derivatives_through_dropout() -> None:
 
     assert torch.autograd.gradcheck(run, (x, a, b))
     assert torch.autograd.gradgradcheck(run, (x, a, b))
+
+
+def dropped_from_bits(bits: Tensor, rate: float, x: Tensor) -> Tensor:
+    return factors(bits, rate, tuple(x.shape), x.dtype) * x
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3,), (40,), (2, 3)])
+def test_decomposed_with_dropout(shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers and gradients are those of the formula on the same mask, first and second ones."""
+    x, w, bias_, a, b, gain = tensors(KERNELS["decomposed"], shape, bias)
+    assert not any(t is None for t in (x, w))
+    bits = draw_bits(x, 0.4)
+    monkeypatch.setattr(decomposed, "draw_bits", lambda x, rate: bits)
+
+    def run(x: Tensor, a: Tensor, b: Tensor, gain: Tensor) -> Tensor:
+        return linear_decomposed(x, w, bias_, a, b, gain, SCALE, 0.4)
+
+    def formula(x: Tensor, a: Tensor, b: Tensor, gain: Tensor) -> Tensor:
+        dropped = dropped_from_bits(bits, 0.4, x)
+        return F.linear(x, w, bias_) + (gain - 1) * F.linear(dropped, w) + gain * SCALE * F.linear(F.linear(dropped, a), b)
+
+    given = (x, a, b, gain)
+    y, wanted = run(*given), formula(*given)
+    torch.testing.assert_close(y, wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(run(*given), wanted)
+    g = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    for mine, right in zip(torch.autograd.grad(y, given, g), torch.autograd.grad(wanted, given, g), strict=True):
+        torch.testing.assert_close(mine, right)
+    if shape == (3,):
+        assert torch.autograd.gradgradcheck(run, given)
+
+
+@pytest.mark.parametrize("rows", [3, 400])
+def test_decomposed_with_dropout_in_half_precision(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, bias, *trained = tensors(KERNELS["decomposed"], (rows,), dtype=torch.float32)
+    assert not any(t is None for t in (x, w, bias))
+    bits = draw_bits(x, 0.4)
+    monkeypatch.setattr(decomposed, "draw_bits", lambda x, rate: bits)
+    half = [t.detach().bfloat16() for t in (x, w, bias)]
+    y = linear_decomposed(half[0].requires_grad_(), *half[1:], *trained, SCALE, 0.4)
+    exact = linear_decomposed(*(t.detach().float() for t in half), *trained, SCALE, 0.4)
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - exact).norm() / exact.norm() < 0.02
+    y.float().square().sum().backward()
+    assert all(q is not None and q.grad is not None and q.grad.dtype == torch.float32 for q in trained)
 
 
 def test_dropout_leaves_the_base_alone() -> None:

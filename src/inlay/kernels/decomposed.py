@@ -5,6 +5,12 @@
 The gradients of x, A and B are those of a low-rank update ``(gain * B) A`` of ``gain * W``. That of the gain is ``sum(g * z)``
 over the rows of the batch, and ``z = (y - bias) / gain`` is had from the output. It is kept without a copy, and as often as not
 the next operation keeps it anyway.
+
+Dropout, as HF peft has it, leaves ``x W'`` and what is added to it with one mask on their inputs:
+
+    y = x W' + bias + (gain - 1) * z + scale * d A' B',   z = d V',   d = drop(x)
+
+That is two products of the frozen layer's size each way. Kept are x, z and an eighth of a byte an element for the mask.
 """
 
 from __future__ import annotations
@@ -18,19 +24,25 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..core.method import full
+from .dropout import draw_bits, factors
 from .lowrank import accumulate, compute_dtype, folding_pays, linear, rows_of, takes_the_formula
 
 
-def linear_decomposed(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor, scale: float) -> Tensor:
-    """``gain * (x W' + scale * x A' B') + bias``.
+def linear_decomposed(
+    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor, scale: float, rate: float = 0.0
+) -> Tensor:
+    """``gain * (x W' + scale * x A' B') + bias``; with dropout what differs from ``x W' + bias`` in it has ``drop(x)`` for ``x``.
 
     Args:
         x: ``(*, in)``. w: ``(out, in)``. bias: ``(out,)`` or None. a: ``(r, in)``. b: ``(out, r)``. gain: ``(out,)``.
         scale: the factor in front of the update.
+        rate: share of ``x`` that is left out, in [0, 1).
 
     Returns:
         ``(*, out)`` in the dtype of the base's output.
     """
+    if rate:
+        return _with_dropout(x, w, bias, a, b, gain, scale, rate)
     if takes_the_formula(x, w, bias):
         y = F.linear(x, w)
         z = gain * torch.add(y, F.linear(F.linear(x.to(a.dtype), a), b), alpha=scale)
@@ -113,6 +125,86 @@ class _LinearDecomposed(torch.autograd.Function):
                 dx = accumulate((low * gain).to(rows.dtype) @ w.to(rows.dtype), gu.t(), a)
             dx = dx.view(*g.shape[:-1], a.shape[1])
         return dx, None, None, da, db, dgain, None
+
+
+# ---- with dropout --------------------------------------------------------------------------------------------------------
+def _with_dropout(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor, scale: float, rate: float) -> Tensor:
+    if takes_the_formula(x, w, bias):
+        y, dropped = F.linear(x, w, bias), F.dropout(x, rate)
+        h = F.linear(F.linear(dropped.to(a.dtype), a), b)
+        return (y + (gain - 1) * F.linear(dropped, w) + gain * scale * h).to(y.dtype)
+    bits = draw_bits(x, rate)
+    if torch.is_grad_enabled():
+        return _LinearDecomposedDropped.apply(x, w, bias, a, b, gain, scale, rate, bits)
+    return _forward_dropped(x, w, bias, a, b, gain, scale, rate, bits)[0]
+
+
+def _forward_dropped(
+    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gain: Tensor, scale: float, rate: float, bits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The output, and ``z`` in its dtype."""
+    dtype = compute_dtype(x, a)
+    rows = rows_of(x, dtype)
+    dropped = factors(bits, rate, rows.shape, dtype).mul_(rows)
+    y = linear(x, w, bias)
+    a, b = a.to(dtype), b.to(dtype)
+    update = (a @ dropped.t()).t(), b.t().contiguous()
+    plain = F.linear(dropped.to(x.dtype), w)
+    z = plain.to(dtype).addmm_(*update, alpha=scale)
+    flat = y.view(-1, y.shape[-1])
+    total = flat.to(dtype).addcmul_(z, (gain - 1).to(dtype)).addmm_(*update, alpha=scale)
+    if total.dtype != y.dtype:
+        flat.copy_(total)
+    return y, z.to(y.dtype)
+
+
+class _LinearDecomposedDropped(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        gain: Tensor,
+        scale: float,
+        rate: float,
+        bits: Tensor,
+    ) -> Tensor:
+        y, z = _forward_dropped(x, w, bias, a, b, gain, scale, rate, bits)
+        ctx.save_for_backward(x, w, a, b, gain, z if ctx.needs_input_grad[5] else None, bits)
+        ctx.scale, ctx.rate, ctx.dtype = scale, rate, compute_dtype(x, a)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, a, b, gain, z, bits = ctx.saved_tensors
+        x_trains, _, _, a_trains, b_trains, gain_trains, *_ = ctx.needs_input_grad
+        dx = da = db = dgain = None
+        a, b, gain = a.to(ctx.dtype), b.to(ctx.dtype), gain.to(ctx.dtype)
+        rows, low = rows_of(g, g.dtype), rows_of(g, ctx.dtype)
+        keep = factors(bits, ctx.rate, (len(rows), w.shape[1]), ctx.dtype)
+        dropped = keep * rows_of(x, ctx.dtype)
+        gu = ((b * gain.unsqueeze(1)).t().contiguous() @ low.t()).mul_(ctx.scale)
+        if a_trains:
+            da = gu @ dropped
+        if b_trains:
+            db = (a @ dropped.t() @ low).t() * (gain * ctx.scale).unsqueeze(1)
+        if gain_trains:
+            if torch.is_grad_enabled():
+                # A second derivative needs z as a function of what it came from.
+                z = _unscaled(dropped.to(rows.dtype) @ w.to(rows.dtype).t(), dropped, a, b, ctx.scale)
+            dgain = torch.linalg.vecdot(low, z.to(low.dtype), dim=0)
+        if x_trains:
+            plain = rows @ w.to(rows.dtype)
+            if rows.dtype == ctx.dtype and folding_pays(len(rows), w, ctx.dtype):
+                added = rows @ _folded(w, a, b, gain, ctx.scale).sub_(w)
+            else:
+                added = accumulate((low * (gain - 1)).to(rows.dtype) @ w.to(rows.dtype), gu.t(), a)
+            dx = plain.addcmul_(added, keep) if plain.dtype == keep.dtype else torch.addcmul(plain, added, keep).to(plain.dtype)
+            dx = dx.view(*g.shape[:-1], w.shape[1])
+        return dx, None, None, da, db, dgain, None, None, None
 
 
 # ---- |W|^2 ---------------------------------------------------------------------------------------------------------------

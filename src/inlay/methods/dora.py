@@ -47,8 +47,8 @@ class Dora(LoraConfig):
         scale = self.scaling
         gain = p.lora_magnitude_vector / kept_norms(p, w, a, b, scale)
         drops = self.dropout and p.training
-        if inner.dense is not None and not drops and p.strength == 1:
-            return linear_decomposed(x, *inner.dense, a, b, gain, scale)
+        if inner.dense is not None and p.strength == 1:
+            return linear_decomposed(x, *inner.dense, a, b, gain, scale, self.dropout if drops else 0.0)
         y = inner(x)
         plain = y if bias is None else y - site.rows(bias).to(y.dtype)
         if drops:
