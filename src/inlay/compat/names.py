@@ -15,8 +15,9 @@ from typing import Any
 _MODULES = """
 peft peft.auto peft.config peft.functional peft.helpers peft.import_utils peft.mapping peft.mapping_func peft.mixed_model
 peft.optimizers peft.optimizers.lorafa peft.optimizers.loraplus peft.optimizers.riemannian peft.peft_model peft.tuners
-peft.tuners.lora.corda peft.tuners.lora.intruders peft.tuners.lora.eva peft.tuners.lora.loraga peft.tuners.tuners_utils
-peft.tuners.cartridge.utils peft.utils peft.utils.constants peft.utils.error peft.utils.hotswap peft.utils.loftq_utils peft.utils.other
+peft.tuners.adamss.asa_callback peft.tuners.lora.corda peft.tuners.lora.intruders peft.tuners.lora.eva peft.tuners.lora.loraga
+peft.tuners.tuners_utils peft.tuners.cartridge.utils peft.utils peft.utils.constants peft.utils.error peft.utils.hotswap
+peft.utils.loftq_utils peft.utils.other
 peft.utils.peft_types peft.utils.save_and_load peft.utils.transformers_weight_conversion peft.utils.warning
 """
 MODULES = frozenset(_MODULES.split())
@@ -54,6 +55,7 @@ _HOMES = {
     "inlay.compat.layers": (
         "AuxiliaryTrainingWrapper BaseTunerLayer LoHaLayer LoKrLayer LoraLayer ModulesToSaveWrapper TrainableTokensWrapper"
     ),
+    "inlay.compat.callbacks": "AdamssAsaCallback",
     "inlay.compat.loading": "build_peft_weight_mapping",
     "inlay.operations.convert": "convert_to_lora save_as_lora",
     "inlay.methods.lokr": "factorization",
@@ -87,7 +89,7 @@ HOMES |= dict.fromkeys(_ENCODERS.split(), "inlay.prompts.prompt:Prompt")
 HOMES["INCLUDE_LINEAR_LAYERS_SHORTHAND"] = "inlay.core.targets:ALL_LINEAR"
 HOMES["__version__"] = "inlay.core.config:PEFT_VERSION"
 
-_NEEDS_TRANSFORMERS = ("inlay.compat.loading",)
+_NEEDS_TRANSFORMERS = ("inlay.compat.callbacks", "inlay.compat.loading")
 
 
 def is_module(fullname: str) -> bool:

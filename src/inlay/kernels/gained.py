@@ -2,7 +2,8 @@
 
 The gradients of both gains are sums over one product of the pair's size, ``M = u g`` with ``u = A x'``: that of the outer gain
 ``(M * B') d``, that of the inner ``(M * B') e``. So neither the pair nor what passes through it at the layer's own width needs a
-gradient or is kept; saved is u. Where there are more rows than the weight has, the pair is added to a passing copy of the weight.
+gradient or is kept; saved is u, which layers with one input and one A have in common. Where there are more rows than the weight
+has, the pair is added to a passing copy of the weight.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from .dropout import draw_bits, factors
 from .lowrank import accumulate, compute_dtype, folding_pays, linear, rows_of, takes_the_formula
+from .once import product_with
 
 
 def linear_plus_gained(
@@ -58,7 +60,9 @@ def _forward(
         rows = factors(bits, rate, rows.shape, dtype).mul_(rows)
     folds = bits is None and folding_pays(len(rows), w, dtype)
     a, b, d, e = (t.to(dtype) for t in (a, b, d, e))
-    u = a @ rows.t() if keeps or not folds else None
+    u = None
+    if keeps or not folds:
+        u = product_with(x, a, dtype) if bits is None else a @ rows.t()
     if folds:
         return linear(x, torch.addmm(w, b * e.unsqueeze(1), a * d.unsqueeze(1), alpha=scale), bias), u
     assert u is not None

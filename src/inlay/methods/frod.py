@@ -89,6 +89,9 @@ class FrodConfig(Spread):
     def dropout(self) -> float:
         return self.frod_dropout
 
+    def default_targets(self) -> dict[str, list[str] | str]:
+        return super().default_targets() | {"phi": ["q_proj", "v_proj"]}
+
     # -- the bank --
     def shared(self, sites: Mapping[str, Site]) -> nn.Module:
         kinds: dict[str, str] = {}
@@ -166,16 +169,18 @@ class FrodConfig(Spread):
         lengths, entries = map(full, values)
         v, places = self._flat(p)
         middle = torch.diag_embed(lengths - full(p.frod_l0)) + scattered(entries, places, (len(v), len(v)))
-        return full(p.frod_U) @ (middle @ v.mT)
+        return full(p.frod_U) @ middle @ v.mT
 
     def _spread_sparsely(self, p: Adapter, lengths: Tensor, entries: Tensor) -> Tensor:
         """The same for a single matrix, with no dense S."""
         v, places = self._flat(p)
-        right = (lengths - full(p.frod_l0)).unsqueeze(-1) * v.t()
+        u = full(p.frod_U)
+        left = u * (lengths - full(p.frod_l0))
         if len(places):
-            sparse = torch.sparse_coo_tensor(p.shared.of(p.path)[1], entries, (len(v), len(v)), check_invariants=False)
-            right = right + torch.sparse.mm(sparse, v.t())
-        return full(p.frod_U) @ right
+            # S' U': sparse products are many times slower with a transposed V, and U is the smaller one where it matters.
+            turned = torch.sparse_coo_tensor(p.shared.of(p.path)[1].flip(0), entries, (len(v), len(v)), check_invariants=False)
+            left = left + torch.sparse.mm(turned, u.t()).t()
+        return left @ v.t()
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         """Entries of ``U' g' x V``, from whichever side is shorter."""

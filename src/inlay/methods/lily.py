@@ -16,6 +16,7 @@ from ..core.config import PeftType
 from ..core.method import Method, Param, add, generator_for, kaiming_uniform, meet, register
 from ..core.site import Site, _AnyConv
 from ..core.targets import ALL_LINEAR
+from ..kernels.routed import linear_plus_routed
 from .banks import check_positive
 
 if TYPE_CHECKING:
@@ -112,8 +113,11 @@ class LilyConfig(Method):
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         site = inner.site
-        y = inner(x)
         a, b = (p.shared.factors[name] for name in p.shared.names[p.path])
+        if inner.dense is not None:
+            experts = b.unflatten(-2, (self.num_B, self.r))
+            return linear_plus_routed(x, *inner.dense, a, experts, p.lily_router, self.scaling * p.strength)
+        y = inner(x)
         x, a, b, router = meet(x, a, b, p.lily_router)
         hidden = site.down(x, a)
         rows = hidden.movedim(1, -1) if isinstance(site, _AnyConv) else hidden

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,9 @@ from torch.nn import functional as F
 from ..core.config import PeftType
 from ..core.method import LowRank, Method, Param, add, constant, meet, normal, ones, register, zeros
 from ..core.site import Site
+from ..kernels.drawn import linear_plus_drawn
 from ..kernels.gained import linear_plus_gained
+from ..kernels.lowrank import takes_the_formula
 from .banks import check_positive, check_share, corner, uniform_of_fan, widest
 
 if TYPE_CHECKING:
@@ -76,6 +79,9 @@ class PveraConfig(LowRank):
     def dropout(self) -> float:
         return self.pvera_dropout
 
+    def default_targets(self) -> dict[str, list[str] | str]:
+        return super().default_targets() | {"phi": ["q_proj", "v_proj"], "dinov2": ["query", "value"]}
+
     def shared(self, sites: Mapping[str, Site]) -> nn.Module:
         """A and B for the widest of the layers; the others use a corner of them."""
         generator, bank = torch.Generator().manual_seed(self.projection_prng_key), nn.Module()
@@ -112,8 +118,12 @@ class PveraConfig(LowRank):
             return linear_plus_gained(x, *inner.dense, *self._corners(p, self.r), mean, p.pvera_lambda_b, p.strength, 0.0)
         if not drawn or site.size("channel") != site.size("out"):
             return super().around(p, inner, x)
+        drops = self.dropout and p.training
+        if inner.dense is not None and not drops and torch.is_grad_enabled() and not takes_the_formula(x, *inner.dense):
+            gains = p.pvera_lambda_d, p.pvera_lambda_b
+            return linear_plus_drawn(x, *inner.dense, *self._corners(p, 2 * self.r), *gains, partial(self._noise, p), p.strength)
         y = inner(x)
-        if self.dropout and p.training and x.is_floating_point():
+        if drops and x.is_floating_point():
             x = F.dropout(x, self.dropout)
         x, a, b, gain_d, gain_b = meet(x, *self._corners(p, 2 * self.r), p.pvera_lambda_d, p.pvera_lambda_b)
         mean, noisy = a.split(self.r, -2), gain_d.split(self.r, -1)

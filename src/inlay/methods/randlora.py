@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from .banks import check_positive, check_share, widest
 from .spread import Spread
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.inlaid import Adapter, Inner
 
 
 @register
@@ -129,6 +130,10 @@ class RandLoraConfig(Spread):
         a, b = self._corners(p, lambda_.dtype)
         right = (self.scaling * lambda_.unsqueeze(-1) * a * gamma.unsqueeze(-3)).flatten(-3, -2)
         return b @ right if p.site.size("in") <= p.site.size("out") else right.mT @ b.mT
+
+    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        # The weight's whole gradient at once: what follows is as much work for some of its rows as for all.
+        return self.with_spread(p, inner, x, partial(self.spread, p), partial(self.gather, p))
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         lambda_, gamma = values

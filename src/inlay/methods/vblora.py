@@ -21,6 +21,11 @@ from .banks import check_positive, check_share
 if TYPE_CHECKING:
     from ..core.inlaid import Adapter
 
+_QKVO = "q_proj k_proj v_proj out_proj fc1 fc2"
+_DEFAULTS = {
+    "t5": "q k v o wi wo", "mt5": "q k v o wi_0 wi_1 wo", "bart": _QKVO, "opt": _QKVO,
+    "deberta-v2": "query_proj key_proj value_proj dense",
+}  # fmt: skip
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 
 
@@ -80,6 +85,9 @@ class VBLoRAConfig(LowRank):
     @property
     def never_identity(self) -> str:
         return "both factors are mixtures of random vectors"
+
+    def default_targets(self) -> dict[str, list[str] | str]:
+        return super().default_targets() | {base: names.split() for base, names in _DEFAULTS.items()}
 
     def refuses(self, site: Site) -> str | None:
         for axis, name in (("in", "inputs"), ("out", "outputs")):

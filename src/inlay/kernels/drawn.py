@@ -1,0 +1,76 @@
+"""A linear layer with a frozen low-rank pair whose middle is drawn from a distribution, as one autograd function.
+
+With ``u = A x'`` for the means' and the variances' half, the middle is ``h = d1 u1 + t`` with ``t = noise exp(d2 u2 / 2)``. Kept are
+u, which layers with one input and one A have in common, and t: no input and nothing of the layer's own width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lowrank import accumulate, compute_dtype, linear, rows_of
+from .once import product_with
+
+Draw = Callable[[Tensor], Tensor]
+
+
+def linear_plus_drawn(
+    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, d: Tensor, e: Tensor, draw: Draw, scale: float
+) -> Tensor:
+    """``x W' + bias + scale * (m + noise exp(v / 2)) B' * e`` with m and v the halves of ``(x A') * d``.
+
+    Args:
+        x: ``(*, in)``. w: ``(out, in)``. bias: ``(out,)`` or None. a: ``(2 r, in)``. b: ``(out, r)``. Both frozen.
+        d: ``(2 r,)``. e: ``(out,)``. The trained gains.
+        draw: the noise for a tensor ``(*, r)``.
+        scale: the factor in front of the update.
+    """
+    return _LinearPlusDrawn.apply(x, w, bias, a, b, d, e, draw, scale)
+
+
+class _LinearPlusDrawn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, d: Tensor, e: Tensor, draw: Draw, scale: float
+    ) -> Tensor:
+        dtype, r = compute_dtype(x, d), b.shape[1]
+        gains = d.to(dtype).unsqueeze(1)
+        u = product_with(x, a, dtype)
+        noise = draw(x.new_empty((1,), dtype=dtype).expand(*x.shape[:-1], r)).reshape(-1, r).t()
+        t = (u[r:] * (gains[r:] / 2)).exp_().mul_(noise)
+        y = linear(x, w, bias)
+        accumulate(y.view(-1, y.shape[-1]), torch.addcmul(t, u[:r], gains[:r]).t(), _scaled(b, e, dtype).t().contiguous(), scale)
+        ctx.save_for_backward(w, a, b, d, e, u, t)
+        ctx.scale, ctx.dtype = scale, dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        w, a, b, d, e, u, t = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise NotImplementedError("A second derivative needs the layer's input, which is not kept for a frozen pair.")
+        dtype, r = ctx.dtype, b.shape[1]
+        gains, rows = d.to(dtype).unsqueeze(1), rows_of(g, dtype)
+        dx = dd = de = None
+        if ctx.needs_input_grad[6]:
+            h = torch.addcmul(t, u[:r], gains[:r])
+            de = (h @ rows).mul_(b.to(dtype).t()).sum(0).mul_(ctx.scale).to(e.dtype)
+        # The gradients of u1 d1 and of u2 d2.
+        inner = u.new_empty(u.shape)
+        torch.mm(_scaled(b, e, dtype).t().contiguous(), rows.t(), out=inner[:r])
+        inner[:r].mul_(ctx.scale)
+        torch.mul(inner[:r], t, out=inner[r:]).mul_(0.5)
+        if ctx.needs_input_grad[5]:
+            dd = (inner * u).sum(1).to(d.dtype)
+        if ctx.needs_input_grad[0]:
+            own = rows_of(g, g.dtype)
+            dx = accumulate(own @ w.to(own.dtype), inner.t(), a.to(dtype) * gains).view(*g.shape[:-1], a.shape[1])
+        return dx, None, None, None, None, dd, de, None, None
+
+
+def _scaled(b: Tensor, e: Tensor, dtype: torch.dtype) -> Tensor:
+    return b.to(dtype) * e.to(dtype).unsqueeze(1)
