@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ..kernels.frozen import frozen_linear
 from .method import Additive, Method, Param, biased, folded, full, generator_for
 from .rows import by_rows, grouped
 from .session import Session
-from .site import Linear, Site
+from .site import Embedding, Linear, Site, TransposedLinear
 
 
 class Adapter(nn.Module):
@@ -140,10 +142,11 @@ class Inner:
     Attributes:
         dense: weight and bias of an ordinary linear layer, for which a kernel may stand.
         bias: gives the bias without the weight, which a quantised host would have to restore.
+        stored: what gives the weight of a quantised linear layer, and its bias, where its forward is that of an ordinary one.
         args, kwargs: what the host was called with beside its input.
     """
 
-    __slots__ = ("args", "bias", "call", "dense", "kwargs", "params", "site")
+    __slots__ = ("args", "bias", "call", "dense", "kwargs", "params", "site", "stored")
 
     def __init__(
         self,
@@ -153,8 +156,9 @@ class Inner:
         dense: tuple[Tensor, Tensor | None] | None = None,
         bias: Callable[[], Tensor | None] | None = None,
         further: tuple[tuple[Any, ...], dict[str, Any]] = ((), {}),
+        stored: tuple[Callable[[], Tensor], Tensor | None] | None = None,
     ) -> None:
-        self.site, self.call, self.params, self.dense = site, call, params, dense
+        self.site, self.call, self.params, self.dense, self.stored = site, call, params, dense, stored
         self.bias = (lambda: params()[1]) if bias is None else bias
         self.args, self.kwargs = further
 
@@ -195,7 +199,10 @@ class Place:
         path: the host's name in the model.
         adapters: the adapters that sit here, by name.
         merged: the adapters that are in the weight now.
+        rounding: what merging into a quantised weight lost by rounding it again, as a share of the weight, and as one of the change.
     """
+
+    rounding: tuple[float, float] | None = None
 
     def __init__(self, session: Session, path: str, site: Site) -> None:
         self.session, self.path, self.site = session, path, site
@@ -205,7 +212,9 @@ class Place:
         self.in_file = path
         host = type(site.module)
         # The fused kernels stand for nn.Linear's own forward and for nothing that overrides it.
-        self.plain = type(site) is Linear and host.forward is nn.Linear.forward and site.store.dense
+        self.plain = type(site) is Linear and host.forward is nn.Linear.forward and (site.store.dense or site.store.in_formulas)
+        if not site.store.dense:
+            site.store.adopt(site.module)
 
     @property
     def name(self) -> str:
@@ -230,11 +239,25 @@ class Place:
         if bare and self.plain and not further:
             # A parametrization has no such parameter and computes its weight.
             weight = site.module._parameters.get("weight")
-            if type(weight) is nn.Parameter or type(weight) is Tensor:
+            if type(weight) is nn.Parameter or type(weight) is Tensor or site.store.in_formulas:
                 dense = weight, site.module._parameters["bias"]
+        if dense is None and not site.store.dense and not further and multiplies(site):
+            return self._restoring(site, call, bare)
         if not further:
             return Inner(site, call, site.read, dense, site.bias)
         return Inner(site, lambda x: call(x, *args, **(kwargs or {})), site.read, dense, site.bias, (args, kwargs or {}))
+
+    def _restoring(self, site: Site, call: Callable[..., Tensor], bare: bool) -> Inner:
+        """A quantised linear layer without adapters. Its weight is restored when it is asked for, and again on the way back."""
+        bias, held = site.bias(), site.store.held(site.module, site.name)
+
+        def restore() -> Tensor:
+            return site.matrix(site.store.read_tensor(held))
+
+        frozen = bias is None or not bias.requires_grad
+        exact = bare and frozen and type(site) is Linear and site.store.exact(site.module)
+        host = (lambda x: frozen_linear(x, call, restore)) if frozen else call
+        return Inner(site, host, site.read, bias=site.bias, stored=(restore, bias) if exact else None)
 
     def forward(self, call: Callable[..., Tensor], bare: bool, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The adapted layer on ``x``, for whoever is active here and now."""
@@ -258,6 +281,10 @@ class Place:
         inner = self.inner(call, bare, args, kwargs)
         for name in names:
             inner = inner.then(self.adapters[name])
+        restores = not self.site.store.dense and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if restores and any(reads_weight(self.adapters[name]) for name in names):
+            # What is made of a restored weight is made again on the way back.
+            return checkpoint(inner, x, use_reentrant=False)
         return inner(x)
 
     def fold(self, names: Sequence[str], dropping: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -312,13 +339,16 @@ class Place:
             w, b = self.fold(names)
         if check and not (w.isfinite().all() and (b is None or b.isfinite().all())):
             raise ValueError(f"Merging {', '.join(names)} gives weights of {self.path!r} that are not finite; the adapter seems broken.")
+        before = None if self.site.store.dense else self.site.read()[0]
         self.site.replace(w, b)
         self.merged = names
+        if before is not None:
+            self.rounding = _lost(w, before, self.site.matrix(self.site.store.read(self.site.module, self.site.name)))
 
     def unmerge(self) -> None:
         """Put the host's own tensors back."""
         self.site.restore()
-        self.merged = ()
+        self.merged, self.rounding = (), None
 
     def set_strength(self, name: str, strength: float) -> None:
         """Set how much of an adapter acts, also of one that is merged."""
@@ -331,6 +361,55 @@ class Place:
     def settle(self) -> None:
         """Make what is merged the host's own."""
         self.site.kept, self.merged = None, ()
+
+
+def _lost(wanted: Tensor, before: Tensor, now: Tensor) -> tuple[float, float]:
+    """What rounding took, as a share of a weight, and as one of its change."""
+    error, change = (full(now) - wanted).norm(), (wanted - full(before)).norm()
+    return (error / wanted.norm().clamp(min=1e-30)).item(), (error / change.clamp(min=1e-30)).item()
+
+
+def multiplies(site: Site) -> bool:
+    """Whether the host multiplies the last axis of its input by the matrix."""
+    return isinstance(site, (Linear, TransposedLinear)) and not isinstance(site, Embedding)
+
+
+class _Asked(Exception):
+    """A method has asked for the weight."""
+
+
+def reads_weight(p: Adapter) -> bool:
+    """Whether the adapter's forward on a linear layer asks for the layer's weight. It is tried out, once for each mode."""
+    known = p.__dict__.setdefault("_reads_weight", {})
+    mode = p.training, p.strength == 1
+    if mode not in known:
+        known[mode] = _tried(p)
+    return known[mode]
+
+
+def _tried(p: Adapter) -> bool:
+    site = p.site
+
+    def asked(*_: Any) -> Any:
+        raise _Asked
+
+    def call(x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], site.size("out"))
+
+    if not multiplies(site):
+        return True
+    x = torch.zeros(2, site.size("in"), device=site.device, dtype=site.dtype)
+    devices = [site.device] if site.device.type == "cuda" else []
+    vars(site)["read"] = asked
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            Inner(site, call, asked, bias=site.bias).then(p)(x)
+    except Exception:
+        # Also what cannot be tried out may read it.
+        return True
+    finally:
+        del vars(site)["read"]
+    return False
 
 
 class Retrained:

@@ -171,8 +171,6 @@ class Method(PeftConfig):
     on_model: ClassVar[tuple[str, ...]] = ()
     # What HF's class of the adapted model (`LoraModel`) has for this method alone, by name.
     of_tuner: ClassVar[Mapping[str, Any]] = {}
-    # What HF's class of the adapted model (`LoraModel`) has for this method alone, by name.
-    of_tuner: ClassVar[Mapping[str, Any]] = {}
     ours: ClassVar[frozenset[str]] = frozenset(
         {"target_parameters", "trainable_token_indices", "ensure_weight_tying", "overrides", "seed", "bias"}
     )
@@ -322,6 +320,16 @@ class Method(PeftConfig):
         dtype = inner.site.dtype
         return inner.site.apply(x, w.to(dtype), None if b is None else b.to(dtype))
 
+    # -- on whole modules --
+    def ahead(self, p: Adapter, x: Tensor) -> Tensor:
+        """What goes into the module. With `behind`, for a method that is no more than these two around it, and has them as its
+        `around`: a module that writes into a cache is then called once for all rows of a batch."""
+        return x
+
+    def behind(self, p: Adapter, x: Tensor, y: Any) -> Any:
+        """What becomes of the module's output ``y``; ``x`` is what came, before `ahead`."""
+        return y
+
 
 def matches(pattern: str, path: str) -> bool:
     """HF's rule for ``rank_pattern`` and its like: the pattern is the end of the name, from a dot on; ``^`` anchors it."""
@@ -444,7 +452,7 @@ class LowRank(Additive):
         self, p: Adapter, inner: Inner, x: Tensor, a: Tensor, b: Tensor, trained: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """The layer on ``x`` with this update: `factors`, or what training draws from them."""
-        from ..kernels.lowrank import linear_plus_low_rank
+        from ..kernels.lowrank import linear_plus_low_rank, restoring_pays
 
         extra = self.delta_bias(p)
         scale = self.scaling * p.strength
@@ -452,6 +460,8 @@ class LowRank(Additive):
         dense = inner.dense
         if dense is not None and extra is None:
             return linear_plus_low_rank(x, *dense, a, b, scale, rate, trained)
+        if inner.stored is not None and extra is None and restoring_pays(x, a, inner.site.dtype):
+            return linear_plus_low_rank(x, *inner.stored, a, b, scale, rate, trained)
         y = inner(x)
         if rate and x.is_floating_point():
             x = F.dropout(x, rate)

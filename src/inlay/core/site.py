@@ -35,6 +35,8 @@ def layout(*hosts: type[nn.Module] | str) -> Callable[[Layout], Layout]:
 
 def site_of(module: nn.Module) -> Site | None:
     """The site of a module's own weight, or None where the module has no weight that we know as a matrix."""
+    # Knowing the stores is knowing the layouts of their hosts.
+    store_of(module)
     for cls in type(module).__mro__:
         found = LAYOUTS.get(f"{cls.__module__}.{cls.__qualname__}")
         if found is not None:
@@ -59,12 +61,14 @@ class Site:
     reads = False
     # Hosts are of many types; each layout knows the attributes of its own.
     module: Any
-    # The host's own weight and bias while others are in their place.
-    kept: tuple[nn.Parameter | None, nn.Parameter | None] | None = None
+    # What the host held as its own weight and bias while others are in their place.
+    kept: tuple[Any, Tensor | None] | None = None
+    # A weight to be read in place of the host's: what it was before it was quantised.
+    original: Tensor | None = None
 
     def __init__(self, module: nn.Module, name: str = "weight", bias_name: str | None = "bias") -> None:
         self.module, self.name, self.bias_name = module, name, bias_name
-        self.store: Store = store_of(module)
+        self.store: Store = store_of(module, name)
 
     @property
     def unfit(self) -> str:
@@ -134,12 +138,22 @@ class Site:
         """The host's own bias, also while adapters are merged."""
         if self.kept is not None:
             return self.kept[1]
-        return self.module._parameters.get(self.bias_name) if self.bias_name else None
+        return self._bias_table.get(self.bias_name) if self.bias_name else None
+
+    @property
+    def _bias_table(self) -> dict[str, Any]:
+        """Where the host has its bias: most have a parameter, some quantisers a buffer or a bare tensor."""
+        m = self.module
+        if self.store.dense or self.bias_name in m._parameters:
+            return m._parameters
+        return m._buffers if self.bias_name in m._buffers else vars(m)
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """The host's own weight as a matrix and its bias, also while adapters are merged."""
+        if self.original is not None:
+            return self.matrix(self.original), self.bias()
         if self.kept is not None:
-            return self.matrix(self.store.read_tensor(self.kept[0])), self.kept[1]  # type: ignore[arg-type]
+            return self.matrix(self.store.read_tensor(self.kept[0])), self.kept[1]
         return self.matrix(self.store.read(self.module, self.name)), self.bias()
 
     def replace(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -150,27 +164,26 @@ class Site:
             bias: ``(channels,)`` or None.
 
         Raises:
-            TypeError: the host computes its weight and has none that could be replaced.
+            TypeError: the host computes its weight, or its store cannot be written to.
         """
-        own = self.module._parameters
-        if self.name not in own:
-            raise TypeError(
-                f"The {self.name} of this {type(self.module).__name__} is computed (parametrized); make it plain before merging."
-            )
+        why = self.store.unwritable(self.module, self.name)
+        if why:
+            raise TypeError(why)
         if self.kept is None:
-            self.kept = own[self.name], own.get(self.bias_name) if self.bias_name else None
+            self.kept = self.store.held(self.module, self.name), self.bias()
         self.store.write(self.module, self.name, self.raw(weight))
         if self.bias_name and bias is not self.kept[1]:
-            own[self.bias_name] = None if bias is None else nn.Parameter(bias.detach().to(self.dtype), requires_grad=False)
+            table = self._bias_table
+            new = None if bias is None else bias.detach().to(self.dtype)
+            table[self.bias_name] = new if new is None or table is not self.module._parameters else nn.Parameter(new, requires_grad=False)
 
     def restore(self) -> None:
         """Put the host's own tensors back: the very same ones, to the bit."""
         if self.kept is None:
             return
-        own = self.module._parameters
-        own[self.name] = self.kept[0]
-        if self.bias_name and self.bias_name in own:
-            own[self.bias_name] = self.kept[1]
+        self.store.put(self.module, self.name, self.kept[0])
+        if self.bias_name and self.bias_name in self._bias_table:
+            self._bias_table[self.bias_name] = self.kept[1]
         self.kept = None
 
     # ---- the operator -------------------------------------------------------------------------------------------------
@@ -180,7 +193,10 @@ class Site:
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The host's operator on ``x`` with another matrix and bias."""
-        return F.linear(x, weight, bias)
+        if self.store.dense:
+            return F.linear(x, weight, bias)
+        # Quantised hosts take inputs of any dtype and answer in it.
+        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         """The right factor ``a (*batch, r, in)`` of a product, applied to the host's input."""

@@ -12,6 +12,7 @@ with the long axis last they run up to twice as fast as with rows of r numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ FEW_ROWS = 32
 
 def linear_plus_low_rank(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | Callable[[], Tensor],
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -36,7 +37,8 @@ def linear_plus_low_rank(
     """``x W' + bias + scale * drop(x) A' B'``.
 
     Args:
-        x: ``(*, in)``. w: ``(out, in)``. bias: ``(out,)`` or None. a: ``(r, in)``. b: ``(out, r)``.
+        x: ``(*, in)``. w: ``(out, in)``, or what gives it: it is then made for either way and kept for none.
+        bias: ``(out,)`` or None. a: ``(r, in)``. b: ``(out, r)``.
         scale: the factor in front of the update.
         rate: share of ``x`` that the update leaves out, in [0, 1).
         trained: other factors, of a lower rank, whose product differs from ``B A`` by a constant: the gradients are found for them.
@@ -45,14 +47,28 @@ def linear_plus_low_rank(
         ``(*, out)`` in the dtype of the base's output. The update is computed in the dtype of ``a`` and ``b``, under autocast
         in autocast's, and rounded once.
     """
-    if takes_the_formula(x, w, bias):
+    if isinstance(w, Tensor) and takes_the_formula(x, w, bias):
         dropped = (F.dropout(x, rate) if rate else x).to(a.dtype)
         y = F.linear(x, w, bias)
         return torch.add(y, F.linear(F.linear(dropped, a), b), alpha=scale).to(y.dtype)
     bits = draw_bits(x, rate) if rate else None
     if torch.is_grad_enabled():
         return _LinearPlusLowRank.apply(x, w, bias, a, b, scale, rate, bits, *(trained or (None, None)))
-    return _forward(x, w, bias, a, b, scale, rate, bits, keeps=not a.requires_grad and trained is None)[0]
+    return _forward(x, _made(w), bias, a, b, scale, rate, bits, keeps=not a.requires_grad and trained is None)[0]
+
+
+def _made(w: Tensor | Callable[[], Tensor]) -> Tensor:
+    return w if isinstance(w, Tensor) else w()
+
+
+def restoring_pays(x: Tensor, a: Tensor, computed_in: torch.dtype) -> bool:
+    """Whether a quantised layer is best done as the product with its restored weight: where its own forward does the same."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == a.dtype == computed_in == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not takes_the_formula(x, x.detach(), None)
+    )
 
 
 def takes_the_formula(x: Tensor, w: Tensor, bias: Tensor | None) -> bool:
@@ -125,7 +141,7 @@ class _LinearPlusLowRank(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        w: Tensor,
+        w: Tensor | Callable[[], Tensor],
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -138,8 +154,10 @@ class _LinearPlusLowRank(torch.autograd.Function):
         apart = a_trained is not None
         _, _, _, a_trains, b_trains, *_ = ctx.needs_input_grad
         # A frozen A lets u be kept in place of the input, so that is worth computing.
-        y, u = _forward(x, w, bias, a, b, scale, rate, bits, keeps=not a_trains and not apart)
-        ctx.save_for_backward(x if a_trains or apart else None, w, a, b, u if b_trains and not apart else None, bits, a_trained, b_trained)
+        y, u = _forward(x, _made(w), bias, a, b, scale, rate, bits, keeps=not a_trains and not apart)
+        kept, ctx.restore = (w, None) if isinstance(w, Tensor) else (None, w)
+        kept_u = u if b_trains and not apart else None
+        ctx.save_for_backward(x if a_trains or apart else None, kept, a, b, kept_u, bits, a_trained, b_trained)
         ctx.scale, ctx.rate, ctx.dtype = scale, rate, compute_dtype(x, a)
         return y
 
@@ -169,6 +187,7 @@ class _LinearPlusLowRank(torch.autograd.Function):
                 u = inner @ dropped.t()
             db = (u @ low).mul_(ctx.scale).t()
         if x_trains:
+            w = w if ctx.restore is None else ctx.restore()
             dx = _input_gradient(rows, low, w, a, b, None if apart else gu, ctx.scale, keep).view(*g.shape[:-1], a.shape[1])
         return dx, None, None, *((None, None) if apart else (da, db)), None, None, None, *((da, db) if apart else (None, None))
 
