@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..kernels.mixed import FEW_TOKENS, add_few, add_segments, few
-from .method import LowRank
+from .method import LowRank, Method
 from .rows import Group, Selector, entries_a_row, put_back, selector, taken
 from .site import Embedding, Linear, TransposedLinear
 
@@ -42,8 +43,10 @@ def mixed(
         # What the host makes of an input that no adapter has changed is computed for all groups together.
         nonlocal whole
         whole = call(x, *args, **kwargs) if whole is None else whole
-        return taken(whole, mine, size)
+        return _rows_of(whole, mine, size)
 
+    if all(type(place.adapters[name].method).ahead is not Method.ahead for group in groups for name in group.names):
+        return _once(place, lambda x: call(x, *args, **kwargs), groups, x, times)
     parts = []
     for group in groups:
         mine = selector(group.rows, times, device)
@@ -56,6 +59,33 @@ def mixed(
         with place.session.narrowed(group.rows):
             parts.append(place.stacked(host, False, group.names, own, *further))
     return put_back(groups, parts, times)
+
+
+def _rows_of(output: Any, mine: Selector, size: int) -> Any:
+    """These rows of what a host returned: a tensor, or several."""
+    return taken(output, mine, size) if isinstance(output, Tensor) else tree_map(lambda v: taken(v, mine, size), output)
+
+
+def _once(place: Place, call: Callable[[Tensor], Any], groups: Sequence[Group], x: Tensor, times: int) -> Any:
+    """A whole module that is called once: each group's adapters act before and behind it."""
+    size, came, inputs = len(x), [], []
+    for group in groups:
+        own = taken(x, selector(group.rows, times, x.device), size)
+        with place.session.narrowed(group.rows):
+            for name in reversed(group.names):
+                p = place.adapters[name]
+                came.append(own)
+                own = p.method.ahead(p, own)
+        inputs.append(own)
+    y, parts = call(put_back(groups, inputs, times)), []
+    for group in reversed(groups):
+        part = _rows_of(y, selector(group.rows, times, x.device), size)
+        with place.session.narrowed(group.rows):
+            for name in group.names:
+                p = place.adapters[name]
+                part = p.method.behind(p, came.pop(), part)
+        parts.append(part)
+    return put_back(groups, parts[::-1], times)
 
 
 def _adds_low_rank_alone(p: Adapter) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from inspect import signature
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -176,13 +177,17 @@ class ShadowConfig(Method):
 
     # -- the mathematics --
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Any:
+        return self.behind(p, x, inner(self.ahead(p, x)))
+
+    def ahead(self, p: Adapter, x: Tensor) -> Tensor:
         walk: Any = p.call.get("shadow")
-        if walk is None or not isinstance(walk, Walked):
-            return inner(x)
-        state = walk.state(p, x)
-        y: Any = inner(self.corrected(p, x, state))
-        if p.path in p.shared.after:
-            walk.go_on(p, self.moved_on(p, of_block(y, x), state))
+        # A block that is called by itself has no shadow.
+        return self.corrected(p, x, walk.state(p, x)) if isinstance(walk, Walked) else x
+
+    def behind(self, p: Adapter, x: Tensor, y: Any) -> Any:
+        walk: Any = p.call.get("shadow")
+        if isinstance(walk, Walked) and p.path in p.shared.after:
+            walk.go_on(p, self.moved_on(p, of_block(y, x), walk.state(p, x)))
         return y
 
     def corrected(self, p: Adapter, x: Tensor, state: Tensor) -> Tensor:
@@ -252,7 +257,7 @@ class Shadow(nn.Module):
     def __init__(self, config: ShadowConfig, base: nn.Module, holder: nn.Module, order: Sequence[str]) -> None:
         super().__init__()
         width = config.__dict__["_width"]
-        self.start, self.after = order[0], dict(zip(order, order[1:], strict=False))
+        self.start, self.after = order[0], dict(pairwise(order))
         self.task = str(config.task_type) if config.task_type is not None else None
         # Modules of the base are no parts of this one.
         self._around = base, holder
@@ -401,7 +406,7 @@ def mirror(config: ShadowConfig, holder: nn.Module) -> nn.Module:
     for names, value in [*wanted, (INNER, config.shadow_intermediate_size)]:
         name = next((n for n in names if hasattr(sizes, n)), None)
         if name is None and value is not None:
-            raise ValueError(f"The configuration of {type(holder).__name__} has none of {', '.join(names)}, so no mirror can be sized by it.")
+            raise ValueError(f"{type(holder).__name__}'s configuration has none of {', '.join(names)}: a mirror of it cannot be sized.")
         if value is not None:
             setattr(sizes, name, value)  # type: ignore[arg-type]
     kinds = getattr(sizes, "layer_types", None)
@@ -457,18 +462,18 @@ def blocks_of(base: nn.Module) -> tuple[str, int]:
             path, blocks = min(known, key=lambda named: (named[0].count("."), BLOCKS.index(named[0].rpartition(".")[2])))
             return ".".join(filter(None, (paths[root], path))), len(blocks)
     raise ValueError(
-        f"No list of blocks ({', '.join(BLOCKS)}) was found in {type(base).__name__}: name the blocks, such as target_modules=r'.*\\.layers\\.\\d+'."
+        f"No list of blocks ({', '.join(BLOCKS)}) was found in {type(base).__name__}: name the blocks, such as "
+        "target_modules=r'.*\\.layers\\.\\d+'."
     )
 
 
 def holder_of(base: nn.Module, path: str) -> nn.Module:
-    """The module whose call is one walk through the blocks: the innermost around them that has a configuration."""
+    """The module whose call is one walk through the blocks: the innermost around them that reads tokens, or the base."""
     while path:
         path = path.rpartition(".")[0]
         module = base.get_submodule(path)
-        if hasattr(module, "config") and not isinstance(module, nn.ModuleList) and type(module).forward is not nn.Module.forward:
-            if reads_embeddings(module) or not path:
-                return module
+        if hasattr(module, "config") and reads_embeddings(module):
+            return module
     return base
 
 
@@ -591,14 +596,22 @@ class Walk:
     names: list[str]
 
     def before(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entry = None
+        try:
+            entry = self._entry(holder, args, kwargs)
+        finally:
+            # `after` is called whatever happens.
+            _entered.set((*_entered.get(), entry))
+
+    def _entry(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """What the end of the walk has to know; None where this adapter does not act."""
         from ..core.inlaid import session_of
         from ..core.session import carry_choices
 
         session = session_of(holder)
         name = None if session is None else self._name(session)
         if session is None or name is None:
-            _entered.set((*_entered.get(), None))
-            return
+            return None
         bank, call = _bank(holder, name), dict(zip(self.names, args, strict=False)) | kwargs
         rows = session.choice().rows
         walked, shadows = Walked(count=0 if rows is None else len(rows)), None
@@ -612,7 +625,7 @@ class Walk:
             carry_choices(holder, session)
         context = session.calling({**session.call, name: {**given, "shadow": walked}})  # type: ignore[dict-item]
         context.__enter__()
-        _entered.set((*_entered.get(), (context, name, shadows, call.get("past_key_values"))))
+        return context, name, shadows, call.get("past_key_values")
 
     def after(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         *rest, entered = _entered.get()

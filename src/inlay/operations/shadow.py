@@ -55,7 +55,9 @@ def _class() -> type[nn.Module]:
         base_model_prefix = "backbone"
         _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-        def __init__(self, backbone: Any, projection: nn.Module, head: nn.Module | None, classifies: bool, shared: nn.Module | None) -> None:
+        def __init__(
+            self, backbone: Any, projection: nn.Module, head: nn.Module | None, classifies: bool, shared: nn.Module | None
+        ) -> None:
             super().__init__(backbone.config)
             self.backbone, self.shadow_hidden_projection, self.head = backbone, projection, head
             self.is_classification, self._shared = classifies, (shared,)
