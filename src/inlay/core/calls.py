@@ -38,7 +38,7 @@ def calling(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def penalised(model: nn.Module, output: Any, training: bool) -> Any:
     """The model's output with the terms that its active adapters add to the loss in training."""
     session = session_of(model)
-    if session is None:
+    if session is None or not session.adds_to_loss:
         return output
     added = []
     for name in session.choice().names if training and getattr(output, "loss", None) is not None else ():
@@ -59,12 +59,16 @@ def _penalising(session: Session, name: str) -> Method | None:
     return None if method is None or type(method).penalty is Method.penalty else method
 
 
-def left_out_of_loss(model: nn.Module) -> Tensor | float:
-    """The terms of the active adapters that the last call of the model has not added, since a trainer makes its loss of logits."""
+def penalties(model: nn.Module) -> Tensor | float:
+    """The terms that the active adapters add to the loss, for a trainer that makes its loss of logits.
+
+    Args:
+        model: the bare model that holds the adapters.
+    """
     session = session_of(model)
     found: Tensor | float = 0.0
     for name in () if session is None else session.choice().names:
-        method = _penalising(session, name) if name not in session.in_loss else None  # type: ignore[union-attr]
+        method = _penalising(session, name)  # type: ignore[arg-type]
         extra = None if method is None else method.penalty(adapters_of(model, name))
         found = found if extra is None else found + extra
     return found

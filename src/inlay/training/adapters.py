@@ -174,11 +174,16 @@ def has_own_loss(model: Any) -> bool:
     return any(getattr(model.peft_config[name], "own_loss", False) for name in model.active_adapters)
 
 
-def left_out_of_loss(model: Any) -> Any:
-    """What active methods add to the loss and the model's last call did not: a tensor, or 0."""
-    from inlay.core.calls import left_out_of_loss
+def take_over_loss(model: Any) -> None:
+    """The model's calls no longer add what active methods add to the loss; who makes the loss asks `added_to_loss`."""
+    model.session.adds_to_loss = False
 
-    return left_out_of_loss(model.get_base_model())
+
+def added_to_loss(model: Any) -> Any:
+    """What active methods add to the loss: a tensor, or 0."""
+    from inlay.core.calls import penalties
+
+    return penalties(model.get_base_model())
 
 
 def serve_peft() -> None:

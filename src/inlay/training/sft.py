@@ -185,7 +185,7 @@ class _Run:
                     outputs = model(**inputs)
                     return (outputs.loss, outputs) if return_outputs else outputs.loss
                 loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
-                extra = adapters.left_out_of_loss(self.accelerator.unwrap_model(model)) if model.training else 0.0
+                extra = adapters.added_to_loss(self.accelerator.unwrap_model(model)) if model.training else 0.0
                 return (loss[0] + extra, *loss[1:]) if return_outputs else loss + extra
 
             def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -206,6 +206,7 @@ class _Run:
             raise InputError(f"{settings.method} on {settings.model}: {' '.join(str(error).split())}") from error
         self.trainer.remove_callback(PrinterCallback)
         self.model: Any = self.trainer.model
+        adapters.take_over_loss(self.model)
 
     @property
     def device(self) -> Any:
