@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,12 +125,14 @@ class Plan:
         return adapter
 
     # -- the method at its targets --
+    def _targets(self, config: Method, only: Collection[str] | None) -> list[Target]:
+        if only is None:
+            return find_targets(self.model, config)
+        return [Target(p, s) for p in self.modules if p in only and (s := self._site(p)) is not None]
+
     def _adapted(self, config: Method, only: Collection[str] | None) -> list[Part]:
         config.prepare(self.model)
-        if only is None:
-            targets = find_targets(self.model, config)
-        else:
-            targets = [Target(p, s) for p in self.modules if p in only and (s := self._site(p)) is not None]
+        targets = self._targets(config, only)
         if self.follows_ties:
             targets = self._sources_of_ties(targets)
         if only is None and config.target_modules != NO_TARGETS:
@@ -191,9 +194,8 @@ class Plan:
                     raise ValueError(f"trainable_token_indices: {path!r} {why}.")
                 if self.tied.get(path) in {part.path for part in found}:
                     continue
-                method = METHODS["TRAINABLE_TOKENS"](  # type: ignore[call-arg]
-                    token_indices=list(indices), as_part=True, strength=config.patterned(path).strength
-                )
+                options: dict[str, Any] = {"token_indices": list(indices), "strength": config.patterned(path).strength}
+                method = METHODS["TRAINABLE_TOKENS"](as_part=True, **options)  # type: ignore[call-arg]
                 reason = site.unfit or method.refuses(site)
                 if reason:
                     raise ValueError(f"trainable_token_indices: {path!r}: {reason}.")

@@ -43,5 +43,6 @@ class Tied(Method):
             x, a, b = meet(x, a, b)
             return add(inner(x.to(inner.site.dtype)), F.linear(F.linear(x, b.mT), a.mT), method.scaling * self._of.strength)  # type: ignore[attr-defined]
         tied = getattr(method, "around_transposed", None)
-        plain = tied is None or (self._of.strength != 1 and not method.scales_itself)
-        return super().around(p, inner, x) if plain else tied(self._of, inner, x)
+        if tied is None or (self._of.strength != 1 and not method.scales_itself):
+            return super().around(p, inner, x)
+        return tied(self._of, inner, x)

@@ -1,0 +1,161 @@
+"""Swapping the values of adapters in place, for every method: what comes in by a swap is what comes in by loading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import inlay
+from inlay.compat.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+from inlay.core.inlaid import session_of
+
+from .cases import CASES, METHOD_CASES
+from .layouts import Layout
+from .support import BY_NAME, REFUSED, acting, adapted, adapter_places, adapters, close, differs, jitter, over
+
+
+def another(case: str, layout: Layout, **options: Any) -> nn.Module:
+    """An adapter of the same method with other values."""
+    model = adapted(case, layout, **options)
+    jitter(model, "a", by=-0.25)
+    return model
+
+
+def swap(into: nn.Module, new: nn.Module) -> None:
+    session = session_of(new)
+    assert session is not None
+    hotswap_adapter_from_state_dict(into, inlay.get_peft_model_state_dict(new, adapter_name="a"), "a", session.configs["a"])
+
+
+def memory(model: nn.Module) -> list[int]:
+    return [t.data_ptr() for p in adapters(model) for t in [*p.parameters(), *p.buffers()]]
+
+
+@over(acting("linear", "conv2d-groups", "embedding", "layer-norm", "experts", "attention"))
+def test_a_swap_is_a_load(case: str, layout: Layout) -> None:
+    model, new, example = adapted(case, layout), another(case, layout), layout.example()
+    before, wanted, where = model(*example), new(*example), memory(model)
+    assert differs(before, wanted)
+    swap(model, new)
+    close(model(*example), wanted)
+    assert memory(model) == where
+
+
+OFTEN = {"LORA", "IA3", "OFT", "VERA", "LOHA"}
+
+
+@pytest.mark.parametrize("case", [c if c in OFTEN else pytest.param(c, marks=pytest.mark.slow) for c in METHOD_CASES])
+def test_nothing_is_compiled_again(case: str) -> None:
+    layout = BY_NAME["linear"]
+    if (case, "linear") in REFUSED:
+        layout = next(x for c, x in acting(once=True) if c == case)
+    model, example, counter = adapted(case, layout), layout.example(), CompileCounter()
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        compiled(*example)
+        frames = counter.frame_count
+        for by in (1, 2):
+            new = another(case, layout)
+            for _ in range(by):
+                jitter(new, "a")
+            swap(compiled, new)
+            close(compiled(*example), new(*example))
+    assert frames > 0
+    assert counter.frame_count == frames
+
+
+# What a larger rank means is another map for these: blocks of other sizes, shared vectors and bases, other tensors.
+NOT_PADDED = {"MISS", "BONE", "DEFT", "LOKR", "PSOFT", "RANDLORA", "VBLORA"}
+
+
+@pytest.mark.parametrize("case", [c for c in METHOD_CASES if type(CASES[c][1].get("r")) is int and c != "GRALORA"])
+def test_smaller_ranks_are_padded_or_refused(case: str) -> None:
+    layout = BY_NAME["linear"]
+    if (case, "linear") in REFUSED:
+        assert REFUSED[case, "linear"]
+        return
+    model, new, example = adapted(case, layout, r=2), another(case, layout, r=1), layout.example()
+    before, where = model(*example), memory(model)
+    if case in NOT_PADDED:
+        with pytest.raises(ValueError, match="incompatible"):
+            swap(model, new)
+        assert torch.equal(model(*example), before)
+    else:
+        swap(model, new)
+        close(model(*example), new(*example), 1e-6)
+    assert memory(model) == where
+
+
+@pytest.mark.parametrize("case", ["LORA", "LOHA", "PEANUT"])
+def test_ranks_that_are_prepared_for(case: str) -> None:
+    layout = BY_NAME["linear"]
+    model, example, counter = adapted(case, layout, r=1), layout.example(), CompileCounter()
+    before = model(*example)
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    close(model(*example), before)
+    session = session_of(model)
+    assert session is not None
+    assert session.configs["a"].r == 4  # type: ignore[attr-defined]
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        compiled(*example)
+        frames = counter.frame_count
+        for rank in (2, 4, 3):
+            new = another(case, layout, r=rank)
+            swap(compiled, new)
+            close(compiled(*example), new(*example), 1e-6)
+    assert counter.frame_count == frames
+
+
+def test_what_is_refused_changes_nothing() -> None:
+    layout = BY_NAME["linear"]
+    model, example = adapted("OFT", layout), layout.example()
+    before = model(*example)
+    for new, why in (
+        (another("HRA", layout), "Incompatible PEFT types"),
+        (another("OFT", layout, oft_block_size=2), "first"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            swap(model, new)
+        assert torch.equal(model(*example), before)
+    for place in adapter_places(model):
+        place.merge(("a",))
+    with pytest.raises(ValueError, match="merged"):
+        swap(model, another("OFT", layout))
+    close(model(*example), before)
+
+
+def test_nothing_is_half_done() -> None:
+    """The second layer does not fit; the first one is as it was."""
+    config = inlay.IA3Config(target_modules=["0", "1"], feedforward_modules=[])
+    model = inlay.inject_adapter_in_model(config, nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5)), "a")
+    state = inlay.get_peft_model_state_dict(model, adapter_name="a")
+    before = {k: t.clone() for k, t in state.items()}
+    wrong = {k: torch.full_like(t, 3) if k.startswith("0.") else torch.ones(7, 1) for k, t in state.items()}
+    with pytest.raises(ValueError, match="does not fit"):
+        hotswap_adapter_from_state_dict(model, wrong, "a", config)
+    after = inlay.get_peft_model_state_dict(model, adapter_name="a")
+    assert all(torch.equal(t, before[k]) for k, t in after.items())
+
+
+def test_retrained_modules_and_biases_come_along() -> None:
+    def build(by: float) -> nn.Module:
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))
+        config = inlay.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"], bias="lora_only")
+        model = inlay.inject_adapter_in_model(config, base, "a")
+        generator = torch.Generator().manual_seed(1)
+        for q in model.parameters():
+            if q.requires_grad:
+                q.data += by * torch.randn(q.shape, generator=generator)
+        return model
+
+    model, new, x = build(0.3), build(-0.4), torch.randn(3, 4)
+    swap(model, new)
+    close(model(x), new(x), 1e-6)
