@@ -29,7 +29,11 @@ from ..core.tied import Tied
 from ..formats.folder import weight_files, write_json
 from ..formats.state import Slot, _embedding_leaves, _file_key, _said_twice, _with_name, key_in_file, slots
 from ..formats.streaming import AT_ONCE, DTYPES, NAMES, Checkpoint, Entry, Files, Planned, Shard, Writing, read_header, write_index
+from .arithmetic import Combination, Options, combination
+from .combine import _check as check_combination
+from .combine import combined
 from .disk_base import PACKED, DiskBase, Group, read_config
+from .updates import effects
 
 JOURNAL = ".inlay-merge.json"
 # Left on the disk beside what is written.
@@ -111,6 +115,20 @@ class Change:
     how: str
 
 
+@dataclass(frozen=True)
+class Combining:
+    """How several adapters become one change."""
+
+    chosen: Combination
+    weights: list[float]
+    options: Options
+    seed: int | None
+
+    def fingerprint(self) -> list[Any]:
+        o = self.options
+        return [self.chosen.name, self.weights, o.density, o.majority_sign_method, o.gamma, o.epsilon, self.seed]
+
+
 @dataclass(eq=False)
 class Unit:
     """Weights that have to be computed together, and the tensors of the files that they are made of.
@@ -152,8 +170,11 @@ class StreamMerge:
     Args:
         base: the folder of a model, in safetensors.
         adapters: folders or hub names, in the order in which they act.
-        weights: the strength of each; 1 where None.
+        weights: the strength of each, or its weight in the combination; 1 where None.
         out_dtype: of all floating-point tensors; those of the base where None.
+        combine: how several become one change of the base (see `COMBINATIONS`); where None, they act one after another. No rank is
+            cut off, also where the combination's name ends in ``svd``: a dense weight holds all of it.
+        density, majority_sign_method, seed: of the combination, see `add_weighted_adapter`.
 
     Attributes:
         changes: what will become of which weight.
@@ -166,12 +187,27 @@ class StreamMerge:
     """
 
     def __init__(
-        self, base: str | Path, adapters: Sequence[str | Path], weights: Sequence[float] | None = None, out_dtype: torch.dtype | None = None
+        self,
+        base: str | Path,
+        adapters: Sequence[str | Path],
+        weights: Sequence[float] | None = None,
+        out_dtype: torch.dtype | None = None,
+        *,
+        combine: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int | None = None,
     ) -> None:
         self.folder, self.files, self.out_dtype = Path(base), Files(), out_dtype
         if weights is not None and len(weights) != len(adapters):
             raise ValueError(f"{len(adapters)} adapters need as many weights, not {len(weights)}.")
         strengths = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
+        self.combining: Combining | None = None
+        if combine is not None and len(adapters) > 1:
+            chosen = combination(combine)
+            check_combination([str(a) for a in adapters], strengths, chosen, density, majority_sign_method)
+            options = Options(1.0 if density is None else density, majority_sign_method)
+            self.combining, strengths = Combining(chosen, strengths, options, seed), [1.0] * len(adapters)
         self.config = read_config(self.folder)
         self.checkpoint = Checkpoint.open(self.folder)
         names = ["default", *(f"adapter{i}" for i in range(1, len(adapters)))]
@@ -193,19 +229,17 @@ class StreamMerge:
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(str(self.folder))
+            config: Any = AutoConfig.from_pretrained(str(self.folder))
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{self.folder}: its config.json cannot be read: {' '.join(str(error).split())}") from error
         own = (config.architectures or [""])[0]
         configs = [a.config for a in self.adapters]
         task = next((str(c.task_type) for c in configs if c.task_type is not None), None)
         mapping = next((c.auto_mapping for c in configs if c.auto_mapping), None) or {}
+        named = str(mapping.get("base_model_class")) if str(mapping.get("parent_library")).startswith("transformers") else own
         if task not in (None, "CAUSAL_LM"):
-            cls = getattr(transformers, _AUTO_CLASSES[task])
-        elif str(mapping.get("parent_library", "")).partition(".")[0] == "transformers":
-            cls = getattr(transformers, str(mapping.get("base_model_class")), None)
-        else:
-            cls = getattr(transformers, own, None)
+            named = _AUTO_CLASSES[str(task)]
+        cls: Any = getattr(transformers, own if task == "CAUSAL_LM" else named, None)
         cls = cls or (transformers.AutoModelForCausalLM if task == "CAUSAL_LM" else transformers.AutoModel)
         self.model_class = cls
         labels = self._rows_of(("score", "classifier"))
@@ -466,7 +500,8 @@ class StreamMerge:
         """Of everything that the output depends on."""
         files = [[f, (s := (self.folder / f).stat()).st_size, s.st_mtime_ns] for f in self.checkpoint.files]
         config = zlib.crc32((self.folder / "config.json").read_bytes())
-        parts = [files, config, str(self.out_dtype), [a.fingerprint() for a in self.adapters]]
+        how = None if self.combining is None else self.combining.fingerprint()
+        parts = [files, config, str(self.out_dtype), how, [a.fingerprint() for a in self.adapters]]
         return zlib.crc32(json.dumps(parts).encode(), zlib.crc32(b"".join(s.header for s in self.shards.values())))
 
     @torch.no_grad()
@@ -499,6 +534,10 @@ class StreamMerge:
         try:
             with self.files, Writing() as writing:
                 self._write(lambda: self._note(folder, fingerprint, done), done, writing, progress)
+        except (ValueError, TypeError):
+            # It would not come out otherwise the next time.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         finally:
             for shard in self.shards.values():
                 shard.leave()
@@ -533,9 +572,7 @@ class StreamMerge:
     def _note(self, folder: Path, fingerprint: int, done: Mapping[str, int]) -> None:
         write_json(folder / JOURNAL, {"fingerprint": fingerprint, "finished": dict(done)})
 
-    def _write(
-        self, note: Callable[[], object], done: dict[str, int], writing: Writing, progress: Callable[[int], object]
-    ) -> None:
+    def _write(self, note: Callable[[], object], done: dict[str, int], writing: Writing, progress: Callable[[int], object]) -> None:
         """All tensors of the shards that are not finished, in the order of the base's bytes.
 
         Args:
@@ -594,7 +631,7 @@ class StreamMerge:
         first, last = self.checkpoint.tensors[keys[0]], self.checkpoint.tensors[keys[-1]]
         shard = self.shards[self.where[keys[0]]]
         if self._cast(keys[0]):
-            for rows in _slices(first.shape):
+            for rows in _slices(first.shape) if first.shape else (None,):
                 part = self.files.read(first, rows).to(self._dtype(first.torch_dtype))
                 self._put(shard, first.key, part, rows, writing, progress)
             return
@@ -606,9 +643,7 @@ class StreamMerge:
 
         writing.submit(copy, 0)
 
-    def _put(
-        self, shard: Shard, key: str, tensor: Tensor, rows: slice | None, writing: Writing, progress: Callable[[int], object]
-    ) -> None:
+    def _put(self, shard: Shard, key: str, tensor: Tensor, rows: slice | None, writing: Writing, progress: Callable[[int], object]) -> None:
         skipped = 0 if rows is None or not len(tensor) else rows.start * (tensor.nbytes // len(tensor))
 
         def write() -> None:
@@ -669,6 +704,12 @@ class StreamMerge:
                     if stored is not None and stored.device.type == "meta":
                         keep(own)
                         own[bias] = nn.Parameter(self.base.fetch(self.base.names[id(stored)]), requires_grad=False)  # type: ignore[index]
+                elif self.combining is not None:
+                    for module in place.module.modules():
+                        keep(module._parameters)
+                        for key, q in module._parameters.items():
+                            if q is not None and id(q) in self.base.names:
+                                module._parameters[key] = nn.Parameter(self.base.fetch(self.base.names[id(q)]), requires_grad=False)
             for place in unit.places:
                 for p in place.adapters.values():
                     for module in p.modules():
@@ -688,6 +729,8 @@ class StreamMerge:
 
     def _folded(self, unit: Unit) -> dict[str, Tensor]:
         """What becomes of a unit's tensors, by their names in the model."""
+        if self.combining is not None:
+            return self._combined(unit, self.combining)
         found: dict[str, Tensor] = {}
         for place in unit.places:
             base = f"{place.path}." if place.path else ""
@@ -698,17 +741,33 @@ class StreamMerge:
             site = place.site
             if base + site.name in self.following:
                 continue
-            w, b = place.fold(self.order)
-            found[base + site.name] = site.raw(w).to(site.dtype)
-            own = site.bias()
-            if b is not None and own is not None:
-                found[f"{base}{site.bias_name}"] = b.to(own.dtype)
-            elif b is not None and b.any():
-                raise ValueError(f"An adapter gives {place.path!r} a bias, for which the base has no place; merge it in memory.")
+            found |= _named(place, *place.fold(self.order))
         return found
+
+    def _combined(self, unit: Unit, by: Combining) -> dict[str, Tensor]:
+        """The same where all adapters become one change first."""
+        effect = combined(effects(self.base.model, self.order, unit.places), by.weights, by.chosen, by.options, None, None, by.seed)
+        for path, tokens in effect.tokens.items():
+            effect.weights[path, tokens.site.name] = tokens.update(path)
+        found: dict[str, Tensor] = {}
+        for place in unit.places:
+            if isinstance(place, Retrained):
+                for key, change in effect.modules.get(place.path, {}).items():
+                    own = place.module.get_parameter(key) if key in dict(place.module.named_parameters()) else place.module.get_buffer(key)
+                    found[f"{place.path}.{key}"] = (full(own) + change).to(own.dtype)
+                continue
+            key = (place.path, place.name)
+            update = effect.weights.get(key)
+            bias = update.bias if update is not None else effect.biases.get(key)
+            w, b = place.site.read()
+            w = full(w) if update is None else full(w) + full(update.matrix())
+            found |= _named(place, w, b if bias is None else bias if b is None else full(b) + full(bias))
+        return {name: tensor for name, tensor in found.items() if name not in self.following}
 
     def _rowwise(self, unit: Unit) -> Site | None:
         """The weight of a unit that low-rank updates are added to and nothing else, so that it can be done in slices."""
+        if self.combining is not None:
+            return None
         acting = [p for p in unit.places if not isinstance(p, Place) or f"{p.path}.{p.site.name}" not in self.following]
         if len(acting) != 1 or unit.new or not isinstance(place := acting[0], Place):
             return None
@@ -760,16 +819,32 @@ class StreamMerge:
         write_json(folder / "config.json", config | changes)
 
 
+def _named(place: Place, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+    """The weight and the bias of a place as the model keeps them, under their names.
+
+    Raises:
+        ValueError: there is a bias, and the base has no place for it.
+    """
+    site, prefix = place.site, f"{place.path}." if place.path else ""
+    found = {prefix + site.name: site.raw(w).to(site.dtype)}
+    own = site.bias()
+    if b is not None and own is not None:
+        found[f"{prefix}{site.bias_name}"] = b.to(own.dtype)
+    elif b is not None and b.any():
+        raise ValueError(
+            f"An adapter gives {place.path!r} a bias, and the layers of this architecture have none: a merged file could not hold it. "
+            "Keep base and adapter apart, or train without biases."
+        )
+    return found
+
+
 def working_folder(out: Path) -> Path:
     """Where a merge is written before it is complete."""
     return out.parent / f".{out.name}.merging"
 
 
-def _slices(shape: Sequence[int]) -> Iterator[slice | None]:
+def _slices(shape: Sequence[int]) -> Iterator[slice]:
     """Rows of a tensor (slices of its first axis) that hold about as many numbers as are worth computing at once."""
-    if not shape:
-        yield None
-        return
     width = max(1, torch.Size(shape[1:]).numel())
     step = max(1, AT_ONCE // 4 // width)
     for start in range(0, max(1, shape[0]), step):

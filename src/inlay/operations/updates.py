@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import PeftConfig
-from ..core.inlaid import Adapter, Place, Retrained, places, session_of
+from ..core.inlaid import Adapter, AnyPlace, Place, Retrained, places, session_of
 from ..core.method import Additive, LowRank, Method, biased, folded, full
 from ..core.plan import Biases, Part, materialise
 from ..core.site import Embedding, Site, Stack, _AnyConv
@@ -169,14 +169,17 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def effects(base: nn.Module, names: Sequence[str]) -> list[Effect]:
+def effects(base: nn.Module, names: Sequence[str], among: Sequence[AnyPlace] | None = None) -> list[Effect]:
     """What each of these adapters does, told in one way: what one of them retrains as a whole, all of them retrain.
+
+    Args:
+        among: only at these places.
 
     Raises:
         TypeError: a method is no function of the weight.
     """
     ties = _all_follow_ties(base, names)
-    found = [_effect(base, name, ties) for name in names]
+    found = [_effect(base, name, ties, list(places(base)) if among is None else among) for name in names]
     whole = {path for e in found for path in e.modules}
     adapted = {path for e in found for path, _ in e.weights}
     keys = {key for e in found for key in e.weights}
@@ -208,9 +211,9 @@ def _all_follow_ties(base: nn.Module, names: Sequence[str]) -> bool:
     return True
 
 
-def _effect(base: nn.Module, name: str, ties: bool) -> Effect:
+def _effect(base: nn.Module, name: str, ties: bool, among: Sequence[AnyPlace]) -> Effect:
     effect = Effect()
-    for place in places(base):
+    for place in among:
         p = place.adapters.get(name)
         if p is None:
             continue
