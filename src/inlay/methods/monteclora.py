@@ -61,8 +61,8 @@ class MontecloraTrainerMixin:
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         loss, outputs = found if return_outputs else (found, None)
-        terms = [m._get_monteclora_loss() for m in model.modules() if hasattr(type(m), "_get_monteclora_loss")]
-        loss = loss + sum(terms) / max(len(terms), 1)
+        tuners: list[Any] = [m for m in model.modules() if hasattr(type(m), "_get_monteclora_loss")]
+        loss = loss + sum(m._get_monteclora_loss() for m in tuners) / max(len(tuners), 1)
         return (loss, outputs) if return_outputs else loss
 
 
