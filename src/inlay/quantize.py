@@ -264,7 +264,7 @@ def from_pretrained_quantized(
         if to not in (None, there):
             raise ValueError(f"{path} is quantised to {there!r} already; leave `to` out.")
         to, double, skip = there, bool(stored.get("bnb_4bit_use_double_quant")), stored.get("llm_int8_skip_modules")
-        del config.quantization_config
+        delattr(config, "quantization_config")
         kwargs["quantization_config"] = asked(to=to, skip=skip, double=double, block=block, compute_dtype=compute_dtype, old=stored)
     model = cls.from_pretrained(path, config=config, **kwargs)
     names = [n for n, q in model.named_parameters(remove_duplicate=False) if isinstance(q, QuantizedTensor)]
@@ -283,12 +283,14 @@ def from_pretrained_quantized(
 def _asked_config() -> Any:
     """The configuration by which transformers finds our way of loading; made once transformers is there."""
     from transformers.core_model_loading import ConversionOps
-    from transformers.quantizers import HfQuantizer
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class InlayConfig(QuantizationConfigMixin):
-        def __init__(self, to: str, skip: Any = None, double: bool = True, block: int = 64, compute_dtype: Any = None, old: Any = None) -> None:
+        def __init__(
+            self, to: str, skip: Any = None, double: bool = True, block: int = 64, compute_dtype: Any = None, old: Any = None
+        ) -> None:
             self.quant_method: Any = "inlay"
             self.to, self.skip, self.double, self.block, self.compute_dtype, self.old = to, skip, double, block, compute_dtype, old
 
@@ -331,6 +333,7 @@ def _asked_config() -> Any:
     @register_quantizer("inlay")
     class InlayQuantizer(HfQuantizer):
         wanted: dict[str, bool]
+        quantization_config: Any
         serialized_names = {
             "weight": [
                 "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", "SCB", "weight_format",

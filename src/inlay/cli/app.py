@@ -14,6 +14,7 @@ from .inspect import inspect
 from .merge import merge
 from .methods import methods
 from .output import INTERRUPTED, UNEXPECTED, USAGE, fail, prepare
+from .quantize import quantize
 from .quickstart import quickstart
 from .train import MethodCommand, train
 
@@ -52,6 +53,7 @@ app.command()(merge)
 app.command(cls=CombineCommand)(combine)
 app.command()(convert)
 app.command()(methods)
+app.command()(quantize)
 app.command()(quickstart)
 
 

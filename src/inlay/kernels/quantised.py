@@ -12,6 +12,7 @@ and the code of a number is looked up by the upper half of its bits.
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,11 @@ def check(to: str, block: int) -> None:
         raise ValueError(f"There is no quantisation to {to!r}; use one of {', '.join(map(repr, FORMATS))}.{nearest(to, FORMATS)}")
     if block < 2 or block & (block - 1):
         raise ValueError(f"A block has a power of two of numbers, at least 2, not {block}.")
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------------------------
@@ -103,7 +109,8 @@ def _by_upper_half(to: str) -> tuple[Tensor, Tensor, Tensor]:
     middles, order = _sorted(to, torch.device("cpu"))
     place = torch.bucketize(ends, middles)
     middle = torch.cat((middles, torch.tensor([torch.inf])))[place[0]]
-    return middle, *order[place].to(torch.uint8)
+    below, above = order[place].to(torch.uint8)
+    return middle, below, above
 
 
 # ---- to codes ---------------------------------------------------------------------------------------------------------------------
@@ -200,9 +207,9 @@ def dequantize_blocks(codes: Tensor, scales: Tensor, to: str, block: int, n: int
     if out is None:
         out = torch.empty(n, dtype=dtype, device=flat.device)
     if flat.device.type == "cuda":
-        from .quantised_triton import dequantize_on_gpu, has_triton
-
         if has_triton():
+            from .quantised_triton import dequantize_on_gpu
+
             return dequantize_on_gpu(flat, scales, levels(to, flat.device), block, n, out)
         return out.copy_(_formula(flat, scales, to, block, n))
     if flat.device.type != "cpu":
@@ -244,9 +251,9 @@ def dequantize_rows(codes: Tensor, largest: Tensor, dtype: torch.dtype, out: Ten
 def rounded(w: Tensor, to: str, block: int = 64, double: bool = False) -> Tensor:
     """What is left of a tensor that is stored in a format, float32, in its shape."""
     if to == "int8":
-        return dequantize_rows(*(t.flatten(0, -2) if t.ndim > 1 else t for t in quantize_rows(w)), torch.float32).view(w.shape)
+        codes, largest = quantize_rows(w)
+        return dequantize_rows(codes.view(-1, w.shape[-1]), largest, torch.float32).view(w.shape)
     codes, scales = quantize_blocks(w, to, block)
     if double:
         scales = dequantize_scales(*quantize_scales(scales), dynamic_levels(w.device))
     return dequantize_blocks(codes, scales, to, block, w.numel(), torch.float32).view(w.shape)
-

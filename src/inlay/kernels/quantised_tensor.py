@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_map_only
 
 from .quantised import (
     NESTED,
-    PIECE,
     check,
     dequantize_blocks,
     dequantize_rows,
     dequantize_scales,
     dynamic_levels,
+    has_triton,
     levels,
     quantize_blocks,
     quantize_rows,
@@ -57,7 +57,7 @@ class QuantizedTensor(Tensor):
     nested_map: Tensor | None
 
     @staticmethod
-    def __new__(  # noqa: PLR0913
+    def __new__(
         cls: type[QuantizedTensor],
         codes: Tensor,
         absmax: Tensor,
@@ -78,7 +78,7 @@ class QuantizedTensor(Tensor):
             cls, shape, strides=strides, dtype=dtype, device=codes.device, requires_grad=False
         )
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         codes: Tensor,
         absmax: Tensor,
@@ -122,14 +122,14 @@ class QuantizedTensor(Tensor):
         """
         check(to, block)
         own = (w.mT if transposed else w).contiguous()
-        nested: tuple[Tensor | None, ...] = (None, None, None)
+        nested: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if to == "int8":
             codes, absmax = quantize_rows(own)
         else:
             codes, absmax = quantize_blocks(own, to, block)
             if double:
-                absmax, *more = quantize_scales(absmax)
-                nested = (*more, dynamic_levels(w.device))
+                absmax, largest, offset = quantize_scales(absmax)
+                nested = largest, offset, dynamic_levels(w.device)
         return cls(codes, absmax, *nested, to, block, tuple(own.shape), transposed, w.dtype, compute_dtype)
 
     def again(self, w: Tensor) -> QuantizedTensor:
@@ -145,8 +145,9 @@ class QuantizedTensor(Tensor):
         return new._as(self.dtype)
 
     def _with(self, inner: Mapping[str, Tensor | None], **changes: Any) -> QuantizedTensor:
-        rest = self._rest() | changes
-        return QuantizedTensor(**{name: inner[name] for name in INNER}, **rest)  # type: ignore[arg-type]
+        rest: dict[str, Any] = self._rest() | changes
+        tensors: dict[str, Any] = {name: inner[name] for name in INNER}
+        return QuantizedTensor(**tensors, **rest)
 
     def _rest(self) -> dict[str, Any]:
         return {
@@ -175,7 +176,8 @@ class QuantizedTensor(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], rest: dict[str, Any], _: Any, __: Any) -> QuantizedTensor:
-        return QuantizedTensor(**{name: inner.get(name) for name in INNER}, **rest)  # type: ignore[arg-type]
+        tensors: dict[str, Any] = {name: inner.get(name) for name in INNER}
+        return QuantizedTensor(**tensors, **rest)
 
     def __reduce_ex__(self, _: Any) -> Any:
         further = {k: v for k, v in self.__dict__.items() if k not in INNER and k not in self._rest()}
@@ -309,7 +311,7 @@ class QuantizedTensor(Tensor):
         codes = codes.view(torch.uint8).reshape(-1, 1)
         if len(codes) != -(-n // 2) or len(absmax) != -(-n // block):
             raise ValueError(f"{len(codes)} bytes and {len(absmax)} scales in blocks of {block} do not make a tensor of shape {shape}.")
-        nested: tuple[Tensor | None, ...] = (None, None, None)
+        nested: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if "nested_absmax" in tensors:
             if described.get("nested_blocksize", NESTED) != NESTED:
                 raise ValueError(f"Scales are read in blocks of {NESTED}, not {described['nested_blocksize']}.")
@@ -320,7 +322,7 @@ class QuantizedTensor(Tensor):
 
 def _revive(inner: dict[str, Tensor | None], rest: dict[str, Any], further: dict[str, Any]) -> QuantizedTensor:
     new = QuantizedTensor(**inner, **rest)  # type: ignore[arg-type]
-    new.__dict__.update(further)
+    vars(new).update(further)
     return new
 
 
@@ -329,11 +331,10 @@ def _product(x: Tensor, q: QuantizedTensor) -> Tensor:
     """``x q`` for ``x (rows, .)``, in pieces of the stored matrix."""
     dtype = q.compute_dtype or x.dtype
     rows = x.to(dtype)
-    if q.device.type == "cuda" and q.transposed and len(rows) <= 8 and q.to_format != "int8":
-        from .quantised_triton import few_rows_on_gpu, has_triton
+    if q.device.type == "cuda" and q.transposed and len(rows) <= 8 and q.to_format != "int8" and has_triton():
+        from .quantised_triton import few_rows_on_gpu
 
-        if has_triton():
-            return few_rows_on_gpu(rows, q.codes, q.scales, levels(q.to_format, q.device), q.block, q.stored).to(x.dtype)
+        return few_rows_on_gpu(rows, q.codes, q.scales, levels(q.to_format, q.device), q.block, q.stored).to(x.dtype)
     pieces = q.pieces(dtype)
     if traced(q.codes):
         (_, _, w), *_ = pieces
@@ -417,7 +418,7 @@ def _select(func: Any, q: QuantizedTensor, axis: int, index: int) -> Any:
     return return_and_correct_aliasing(func, (q, axis, index), {}, q._with(inner, stored=(rows, width)))
 
 
-def _detach(func: Any, q: QuantizedTensor) -> QuantizedTensor:
+def _detach(func: Any, q: QuantizedTensor) -> Any:
     return return_and_correct_aliasing(func, (q,), {}, q._mapped(lambda t: t.detach()))
 
 

@@ -70,11 +70,21 @@ def choose_dtype(wanted: str, device: str) -> Any:
     return getattr(torch, wanted)
 
 
-def load_model(model: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False, place: bool = True) -> Any:
+def load_model(
+    model: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    place: bool = True,
+    quantization: str = "none",
+    **quantizing: Any,
+) -> Any:
     """A causal language model in eval mode.
 
     Args:
         place: move it to the device now; a trainer that places models itself says False.
+        quantization: the format of its linear layers (see `inlay.quantize_`), or ``"none"``.
+        quantizing: further options of `inlay.from_pretrained_quantized`.
 
     Raises:
         InputError: missing, not a causal language model, or unreadable.
@@ -85,7 +95,12 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto", trust_remo
 
     source = locate(model)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+        if quantization == "none":
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+        else:
+            from inlay.quantize import from_pretrained_quantized
+
+            loaded = from_pretrained_quantized(source, quantization, dtype=torch_dtype, trust_remote_code=trust_remote_code, **quantizing)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--model {model}: {_why_not(error, model)}") from error
     loaded.eval()

@@ -23,6 +23,8 @@ KNOWN_ELSEWHERE = {
     "micro_batch_size": "batch_size",
     "gradient_accumulation_steps": "grad_accum",
     "lr_scheduler_type": "scheduler",
+    "load_in_4bit": "quantization",
+    "load_in_8bit": "quantization",
     "warmup_ratio": "warmup",
     "warmup_steps": "warmup",
     "max_seq_length": "max_length",
@@ -62,6 +64,9 @@ class RunSettings(BaseModel):
     method: str = setting("lora", "Model and adapter", "Adapter method. Every field of its config is a flag too: --method-help lists them.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Model and adapter", "Type of the base weights; auto is bfloat16 on a capable GPU, else float32."
+    )
+    quantization: Literal["none", "nf4", "fp4", "int4", "int8"] = setting(
+        "none", "Model and adapter", "Keep the frozen base in 4 or 8 bits; each tensor is quantised as it is read."
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "Model and adapter", "Where to train.")
     trust_remote_code: bool = setting(False, "Model and adapter", "Allow a model folder to bring its own Python code.")

@@ -93,7 +93,9 @@ def train(settings: RunSettings, listener: Listener | None = None, command: Sequ
     }
     listener.data_ready(facts | {"sample": rendered_sample(tokenizer, train_set.rows[0]), "kept_aside": settings.val is None})
 
-    model = models.load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code, place=False)
+    model = models.load_model(
+        settings.model, settings.dtype, settings.device, settings.trust_remote_code, place=False, quantization=settings.quantization
+    )
     started = time.perf_counter()
     record = {
         "status": "running",
