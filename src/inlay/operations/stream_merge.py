@@ -753,7 +753,8 @@ class StreamMerge:
         for place in unit.places:
             if isinstance(place, Retrained):
                 for key, change in effect.modules.get(place.path, {}).items():
-                    own = place.module.get_parameter(key) if key in dict(place.module.named_parameters()) else place.module.get_buffer(key)
+                    module = place.module.get_submodule(key.rpartition(".")[0])
+                    own: Any = (module._parameters | module._buffers)[key.rpartition(".")[2]]
                     found[f"{place.path}.{key}"] = (full(own) + change).to(own.dtype)
                 continue
             key = (place.path, place.name)
