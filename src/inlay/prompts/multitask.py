@@ -95,6 +95,9 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
     def vectors(self, p: Prompt, options: Mapping[str, Any]) -> Tensor:
         tasks = options.get("task_ids")
+        if tasks is None and self.num_tasks == 1:
+            # All rows are of the one task.
+            return self.vectors(p, {"task_ids": torch.zeros(1, dtype=torch.long)})[0]
         if tasks is None:
             raise ValueError(
                 f"{self.peft_type} needs `task_ids`, the task of each row: a tensor of {self.num_tasks} numbers at most, from 0."
