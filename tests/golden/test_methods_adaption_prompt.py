@@ -94,3 +94,43 @@ def test_it_starts_as_the_base_in_the_last_blocks(name):
         wrapped(inlay, name, adapter_layers=9, **options)
     with pytest.raises(ValueError, match="adapter_len=None: say how many"):
         wrapped(inlay, name, adapter_len=None, **options)
+
+
+GREEDY = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_several_adapters_rows_and_cached_generation(name):
+    """HF peft has one adapter at a time; prompts that act together add what each of them finds."""
+    model = randomised(wrapped(inlay, name))
+    model.add_adapter("b", inlay.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1, seed=5))
+    model.set_adapter("b")
+    randomised(model)
+    found, texts = {}, {}
+    for names in ((), ("default",), ("b",), ("default", "b"), ("b", "default")):
+        with model.use_adapters(*names):
+            found[names] = model(IDS).logits
+            texts[names] = model.generate(input_ids=IDS, **GREEDY)
+            assert torch.equal(model.generate(input_ids=IDS, **GREEDY, use_cache=False), texts[names])
+            assert torch.equal(model.generate(input_ids=IDS, **GREEDY, cache_implementation="static"), texts[names])
+    assert (found["default",] - found["b",]).abs().max() > 1e-2
+    assert (found["default", "b"] - found["b",]).abs().max() > 1e-2
+    assert (found["default", "b"] - found["b", "default"]).abs().max() < 1e-5
+    for rows in (["b", "__base__", "default"], [("default", "b"), "b", ("default", "b")]):
+        mixed, generated = model(IDS, adapter_names=rows).logits, model.generate(input_ids=IDS, **GREEDY, adapter_names=rows)
+        for i, row in enumerate(rows):
+            names = () if row == "__base__" else (row,) if isinstance(row, str) else row
+            assert (mixed[i] - found[names][i]).abs().max() < 1e-5
+            assert torch.equal(generated[i], texts[names][i])
+    beams = model.generate(input_ids=IDS, **GREEDY, num_beams=2, adapter_names=["b", "default", "b"])
+    with model.use_adapters("default"):
+        assert torch.equal(beams[1], model.generate(input_ids=IDS, **GREEDY, num_beams=2)[1])
+
+
+def test_modules_that_are_left_out_do_not_count():
+    model = wrapped(inlay, "llama", exclude_modules=["model.layers.2.self_attn"])
+    assert {n.split(".")[4] for n, q in model.named_parameters() if q.requires_grad} == {"0", "1"}
+    assert model.peft_config["default"].exclude_modules == {"model.layers.2.self_attn"}
+    told = inlay.explain_targets(base("llama"), inlay.AdaptionPromptConfig(adapter_len=4, adapter_layers=1))
+    assert told.matched == ["model.layers.2.self_attn"]
+    assert told.excluded["model.layers.0.self_attn"] == "AdaptionPromptConfig takes 1 of the 3 that match"

@@ -40,6 +40,15 @@ def t5() -> nn.Module:
     return _seeded(lambda: T5ForConditionalGeneration(T5Config(**sizes, **ids, initializer_factor=2.0)))
 
 
+def bart() -> nn.Module:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 48))}
+    sizes = {"vocab_size": 64, "d_model": 32, "max_position_embeddings": 64, "init_std": 0.2}
+    return _seeded(lambda: BartForConditionalGeneration(BartConfig(**sizes, **sides, **ids)))
+
+
 def bert(cls: str, labels: int = 3) -> nn.Module:
     import transformers
 
@@ -50,6 +59,7 @@ BASES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "llama": ("CAUSAL_LM", llama),
     "gpt2": ("CAUSAL_LM", gpt2),
     "t5": ("SEQ_2_SEQ_LM", t5),
+    "bart": ("SEQ_2_SEQ_LM", bart),
     "bert-sequence": ("SEQ_CLS", lambda: bert("BertForSequenceClassification")),
     "bert-token": ("TOKEN_CLS", lambda: bert("BertForTokenClassification")),
     "bert-question": ("QUESTION_ANS", lambda: bert("BertForQuestionAnswering", 2)),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import inlay
 
-NAMES = ["llama", "gpt2", "t5", "bert-sequence", "bert-token", "bert-question", "bert-feature", "llama-sequence"]
+NAMES = ["llama", "gpt2", "t5", "bart", "bert-sequence", "bert-token", "bert-question", "bert-feature", "llama-sequence"]
 GENERATIONS = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 3},

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import inlay
 
 CAUSAL = ["llama", "gpt2"]
-ALL = [*CAUSAL, "t5", "bert-sequence", "bert-token", "bert-question", "bert-feature", "llama-sequence"]
+ALL = [*CAUSAL, "t5", "bart", "bert-sequence", "bert-token", "bert-question", "bert-feature", "llama-sequence"]
 TASKED = [*CAUSAL, "t5", "bert-sequence", "bert-token", "llama-sequence"]
 LSTM = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12}
 CASES = {
@@ -252,6 +252,40 @@ def test_several_prefixes_rows_and_none(bases, ids, name):
     assert (both - one).abs().max() > 1e-3
 
 
+def test_rows_of_several_prefixes(bases, ids):
+    task, base = bases["llama"]
+    model = wrapped(inlay, base(), task, "prefix")
+    for seed, name in enumerate("bc", 5):
+        model.add_adapter(name, inlay.PrefixTuningConfig(task_type=task, num_virtual_tokens=4, seed=seed))
+    rows = [("default", "b"), ("b", "c"), ["c", "default"]]
+    mixed = model(input_ids=ids, adapter_names=rows).logits
+    told = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **GREEDY}
+    generated = model.generate(**told, adapter_names=rows)
+    for i, row in enumerate(rows):
+        with model.use_adapters(*row):
+            assert (model(input_ids=ids).logits[i] - mixed[i]).abs().max() < 1e-5
+            assert torch.equal(model.generate(**told)[i], generated[i])
+    with pytest.raises(ValueError, match="virtual tokens are default and b: 8, c: 4"):
+        model(input_ids=ids, adapter_names=[("default", "b"), "c", ("default", "b")])
+
+
+@pytest.mark.parametrize("name", ["bert-question", "bert-feature"])
+def test_tasks_where_the_real_library_has_no_way_to_name_them(bases, ids, name):
+    """HF peft asks for ``task_ids`` there and does not take them."""
+    task, base = bases[name]
+    model = randomised(wrapped(inlay, base(), task, "tasks"))
+    tasks = torch.tensor([2, 0, 1])
+    p = model.prompt_encoder["default"]
+    vectors = p.embedding.weight * (p.prefix_task_cols @ p.prefix_task_rows)[tasks]
+    words = base().get_input_embeddings()(ids)
+    expected = model.get_base_model()(inputs_embeds=torch.cat((vectors, words), 1))[0]
+    found = model(input_ids=ids, task_ids=tasks)[0]
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="task_ids"):
+        model(input_ids=ids)
+
+
 @pytest.mark.parametrize("case", ["prefix", "cartridge"])
 def test_checkpointing_says_what_to_do(bases, ids, case):
     """HF peft trains on nothing here if checkpointing is switched on after the adapter was made."""
@@ -380,3 +414,11 @@ def test_bad_options(bases):
             make()
     with pytest.raises(ValueError, match="needs `task_ids`"):
         wrapped(inlay, base(), task, "tasks")(input_ids=torch.ones(1, 3, dtype=torch.long))
+
+
+def test_one_task_need_not_be_named(bases, ids):
+    task, base = bases["llama"]
+    config = inlay.MultitaskPromptTuningConfig(task_type=task, num_virtual_tokens=4, num_tasks=1)
+    model = randomised(inlay.get_peft_model(base(), config).eval())
+    named = model(input_ids=ids, task_ids=torch.zeros(len(ids), dtype=torch.long)).logits
+    assert torch.equal(model(input_ids=ids).logits, named)

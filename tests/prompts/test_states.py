@@ -103,6 +103,18 @@ def test_rows(model, ids):
         model(input_ids=ids, adapter_names=["a", "b"])
 
 
+def test_rows_of_several_prompts(model, ids):
+    rows = [("b", "a"), ("a", "b"), ["b", "b"]]
+    mixed = logits(model, ids, adapter_names=rows)
+    assert mixed.shape == (3, 15, 64)
+    tensors = [torch.cat([model.prompt_encoder[n].embedding.weight for n in row]) for row in rows]
+    words = model.get_input_embeddings()(ids)
+    expected = model.get_base_model()(inputs_embeds=torch.cat((torch.stack(tensors), words), 1)).logits
+    assert (mixed - expected).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="virtual tokens are b and a: 8, a: 4, __base__: 0"):
+        model(input_ids=ids, adapter_names=[("b", "a"), "a", "__base__"])
+
+
 def test_deleting_leaves_no_trace(bases, ids):
     base = bases["bert-sequence"][1]()
     base.bert.embeddings.requires_grad_(False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -210,6 +210,10 @@ class Method(PeftConfig):
     def site_of(self, module: nn.Module) -> Site | None:
         """Where the method acts in a module that is targeted; None stands for the module's weight."""
         return None
+
+    def chosen(self, paths: list[str]) -> Collection[str]:
+        """Which of the modules that the options mean get an adapter; they come in their order in the model."""
+        return paths
 
     def refuses(self, site: Site) -> str | None:
         """The mathematical reason why the method cannot act on a site, or None."""

@@ -55,15 +55,17 @@ def mixed(
         def host(x: Tensor, *a: Any, mine: Selector = mine, own: Tensor = own, **k: Any) -> Tensor:
             return of_all(mine) if x is own else call(x, *a, **k)
 
-        further = tuple(taken(a, mine, size) for a in args), {key: taken(v, mine, size) for key, v in kwargs.items()}
+        further = tuple(_rows_of(a, mine, size) for a in args), {key: _rows_of(v, mine, size) for key, v in kwargs.items()}
         with place.session.narrowed(group.rows):
             parts.append(place.stacked(host, False, group.names, own, *further))
     return put_back(groups, parts, times)
 
 
-def _rows_of(output: Any, mine: Selector, size: int) -> Any:
-    """These rows of what a host returned: a tensor, or several."""
-    return taken(output, mine, size) if isinstance(output, Tensor) else tree_map(lambda v: taken(v, mine, size), output)
+def _rows_of(value: Any, mine: Selector, size: int) -> Any:
+    """These rows of what goes into a host or comes out: a tensor, or several."""
+    if isinstance(value, (tuple, list, dict)):
+        return tree_map(lambda v: taken(v, mine, size), value)
+    return taken(value, mine, size)
 
 
 def _once(place: Place, call: Callable[[Tensor], Any], groups: Sequence[Group], x: Tensor, times: int) -> Any:

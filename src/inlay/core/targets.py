@@ -113,6 +113,7 @@ def explain_targets(model: nn.Module, config: Method) -> Explanation:
     wanted = effective_targets(model, config)
     lists = [w for w in (config.layers_to_transform,) if w is not None]
     hit: set[str] = set()
+    meant: dict[str, nn.Module] = {}
     for path, module in modules:
         if not path:
             continue
@@ -125,6 +126,12 @@ def explain_targets(model: nn.Module, config: Method) -> Explanation:
         why = _excluded(config, path) or (_outside_layers(config, path) if lists else None)
         if why:
             found.excluded[path] = why
+        else:
+            meant[path] = module
+    chosen = set(config.chosen(list(meant)))
+    for path, module in meant.items():
+        if path not in chosen:
+            found.excluded[path] = f"{type(config).__name__} takes {len(chosen)} of the {len(meant)} that match"
             continue
         own = config.site_of(module)
         sites = _sites(module, by_name, path) if own is None else [Target(path, _known(module, own.name, own))]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.config import PeftType
 from ..core.method import Method, Param, normal, register
 from ..core.site import Site, Whole
-from ..core.targets import architecture, base_modules
+from ..core.targets import architecture
 
 if TYPE_CHECKING:
     from ..core.inlaid import Adapter, Inner
@@ -58,17 +58,16 @@ class AdaptionPromptConfig(Method):
             self.target_modules = {self.target_modules}
         if len(self.target_modules) != 1:
             raise ValueError(f"target_modules={sorted(self.target_modules)}: give the one name that attention has, such as 'self_attn'.")
-        (name,) = self.target_modules
-        found = [path for path, _ in base_modules(base) if path.endswith(f".{name}")]
+
+    def chosen(self, paths: list[str]) -> list[str]:
         layers = self.adapter_layers or 0
-        if len(found) < layers:
-            raise ValueError(f"adapter_layers={layers}, and the base has {len(found)} modules called {name!r}.")
-        # Those before the last are left out; a file has their number and not their names.
-        self.exclude_modules = set(found[:-layers]) or None
+        if len(paths) < layers:
+            (name,) = self.target_modules or ("",)
+            raise ValueError(f"adapter_layers={layers}, and the base has {len(paths)} modules called {name!r}.")
+        return paths[-layers:]
 
     def to_file(self) -> dict[str, Any]:
         plain = super().to_file()
-        plain.pop("exclude_modules", None)
         if isinstance(plain["target_modules"], list):
             (plain["target_modules"],) = plain["target_modules"]
         return plain

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..core.session import names_of
 from .inputs import rows_of
 from .method import PromptMethod
 
@@ -64,30 +65,32 @@ def _beginning(base: nn.Module) -> Tensor:
 def chosen(peft_model: PeftModel, inputs: dict[str, Any]) -> tuple[PromptMethod, Tensor, dict[str, Any]]:
     """The method that acts here and now, its vectors ``(batch, tokens, dim)`` and its own options, taken out of the inputs.
 
-    Several adapters follow each other in the order in which they were named. Rows may differ in their adapter.
+    Several adapters follow each other in the order in which they were named. Rows may differ in their adapters.
 
     Raises:
         ValueError: the adapters cannot act in one batch.
     """
     choice = peft_model.session.choice()
-    prompts = {n: peft_model.prompt_encoder[n] for n in choice.rows or choice.names if n in peft_model.prompt_encoder}
-    methods: list[PromptMethod] = [p.method for p in prompts.values()]  # type: ignore[misc]
+    prompts: dict[str, Any] = {n: peft_model.prompt_encoder[n] for n in choice.all if n in peft_model.prompt_encoder}
+    methods: list[PromptMethod] = [p.method for p in prompts.values()]
     if len({m.peft_type for m in methods}) > 1:
         kinds = ", ".join(f"{n} is {m.peft_type}" for n, m in zip(prompts, methods, strict=True))
         raise ValueError(f"Prompts of several methods cannot act together ({kinds}); use one at a time.")
     options = {name: inputs.pop(name) for name in methods[0].options if name in inputs}
     batch = rows_of(inputs)
-    found = {n: _for_rows(p.method.vectors(p, options), batch) for n, p in prompts.items()}  # type: ignore[operator, union-attr]
+    found = {n: _for_rows(p.method.vectors(p, options), batch) for n, p in prompts.items()}
     if choice.rows is None:
         return methods[0], torch.cat([found[n] for n in choice.names if n in found], 1), options
-    lengths = {n: found[n].shape[1] if n in found else 0 for n in choice.rows}
+    acting = {row: [found[n] for n in names_of(row) if n in found] for row in choice.rows}
+    lengths = {row: sum(v.shape[1] for v in vectors) for row, vectors in acting.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{n}: {length}" for n, length in lengths.items())
+        told = ", ".join(f"{' and '.join(names_of(row)) or row}: {length}" for row, length in lengths.items())
         raise ValueError(f"Rows of one batch need prompts of one length; virtual tokens are {told}. Run them as batches of their own.")
     if batch % len(choice.rows):
         raise ValueError(f"{len(choice.rows)} adapter names were given for a batch of {batch}; give one for each row.")
     times = batch // len(choice.rows)
-    return methods[0], torch.stack([found[choice.rows[i // times]][i] for i in range(batch)]), options
+    each = (torch.cat([v[i] for v in acting[choice.rows[i // times]]]) for i in range(batch))
+    return methods[0], torch.stack(list(each)), options
 
 
 def _for_rows(vectors: Tensor, batch: int) -> Tensor:
