@@ -189,7 +189,7 @@ def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     for start in range(0, len(rows), step):
         piece = rows[start : start + step].float()
         torch.amax(piece.abs(), -1, out=largest[start : start + step])
-        codes[start : start + step] = piece.mul_(127 / largest[start : start + step].clamp_min(TINY).unsqueeze(-1)).round_()
+        codes[start : start + step] = (piece * (127 / largest[start : start + step].clamp_min(TINY)).unsqueeze(-1)).round_()
     return codes.view(w.shape), largest
 
 
