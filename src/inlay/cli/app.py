@@ -10,6 +10,8 @@ from .chat import chat
 from .combine import CombineCommand, combine
 from .compare import compare
 from .convert import convert
+from .diff import diff
+from .extract import extract
 from .inspect import inspect
 from .merge import merge
 from .methods import methods
@@ -20,7 +22,7 @@ from .train import MethodCommand, train
 
 app = typer.Typer(
     name="inlay",
-    help="Adapters set flush into a frozen model: train, compare, talk, inspect, merge, combine, convert, list methods.",
+    help="Adapters set flush into a frozen model: train, compare, talk, inspect, merge, combine, convert, diff, extract, list methods.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,16 +44,18 @@ def root(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries below say.")] = False,
 ) -> None:
-    """Adapters set flush into a frozen model: train, compare, talk, inspect, merge, combine, convert, list methods."""
+    """Adapters set flush into a frozen model: train, compare, talk, inspect, merge, combine, convert, diff, extract, list methods."""
 
 
 app.command(cls=MethodCommand)(train)
 app.command()(compare)
 app.command()(chat)
 app.command()(inspect)
-app.command()(merge)
+app.command(cls=CombineCommand)(merge)
 app.command(cls=CombineCommand)(combine)
 app.command()(convert)
+app.command()(diff)
+app.command()(extract)
 app.command()(methods)
 app.command()(quantize)
 app.command()(quickstart)

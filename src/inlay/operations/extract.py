@@ -1,0 +1,176 @@
+"""A LoRA of the difference between two full models on disk, read tensor by tensor: neither model is ever loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.method import full
+from ..core.plan import Plan
+from ..core.site import Site
+from ..core.targets import base_modules, site_at
+from ..formats.state import PREFIX, key_in_file, slots_of_parts
+from ..formats.streaming import Checkpoint, Files
+from ..methods.lora import LoraConfig
+from .convert import Converted
+from .disk_base import DiskBase, read_config
+from .updates import Effect, Update, config_for, cut, nothing, put
+
+
+@dataclass(frozen=True)
+class Left:
+    """A tensor that differs and that no product of two factors stands for: a bias, a norm, a stack.
+
+    Attributes:
+        norm: of the difference.
+        kept: the adapter brings it along.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    norm: float
+    kept: bool
+
+
+@dataclass
+class Extraction:
+    """An adapter that was extracted: configuration, tensors by their keys in a file, and what became of each weight.
+
+    Attributes:
+        layers: the weights that LoRA stands for, with the error of each.
+        others: what else differs.
+        same: how many tensors are the same in both models.
+    """
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    layers: list[Converted] = field(default_factory=list)
+    others: list[Left] = field(default_factory=list)
+    same: int = 0
+
+
+@torch.no_grad()
+def extract(
+    base: Path, tuned: Path, rank: float, *, retrain_others: bool = False, progress: Callable[[int, int], object] | None = None
+) -> Extraction:
+    """What training changed of a model, as LoRA of a rank.
+
+    Args:
+        base, tuned: folders of two models of one architecture, in safetensors files.
+        rank: of the LoRA, or the share in (0, 1] of the squared norm that is to stay at each weight.
+        retrain_others: bring along what is no matrix: biases as such, other modules as a whole (``modules_to_save``).
+        progress: called with the number of tensors that are done, and of all.
+
+    Raises:
+        ValueError: a folder cannot be read, the models are of different shapes, or they are the same.
+    """
+    with Files() as files:
+        one, other = _open(base, files), _open(tuned, files)
+        return _Extractor(one, other, rank, retrain_others).run(progress)
+
+
+def _open(folder: Path, files: Files) -> DiskBase:
+    import transformers
+    from transformers import AutoConfig
+
+    read_config(folder)
+    checkpoint = Checkpoint.open(folder)
+    try:
+        config: Any = AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: its config.json cannot be read: {' '.join(str(error).split())}") from error
+    cls: Any = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
+    with torch.device("meta"):
+        model = cls.from_config(config) if cls.__name__.startswith("Auto") else cls._from_config(config)
+    return DiskBase(checkpoint, model, files)
+
+
+class _Extractor:
+    def __init__(self, base: DiskBase, tuned: DiskBase, rank: float, retrain_others: bool) -> None:
+        self.base, self.tuned, self.rank, self.retrain_others = base, tuned, rank, retrain_others
+        self.effect, self.layers, self.others, self.same = Effect(), [], [], 0
+        self.modules: list[str] = []
+
+    def run(self, progress: Callable[[int, int], object] | None) -> Extraction:
+        base, model = self.base, self.base.model
+        if {k: sorted(v) for k, v in base.aliases.items()} != {k: sorted(v) for k, v in self.tuned.aliases.items()}:
+            raise ValueError("One of the models ties weights that the other keeps apart; save both in the same way first.")
+        tensors = [(path, m, leaf, q) for path, m in base_modules(model) for leaf, q in m._parameters.items() if q is not None]
+        seen: set[str] = set()
+        for done, (path, module, leaf, q) in enumerate(tensors, 1):
+            name = base.names[id(q)]
+            if name not in seen:
+                seen.add(name)
+                change = self._change(name)
+                if change is None:
+                    self.same += 1
+                else:
+                    self._take(path, module, leaf, name, change)
+            if progress is not None:
+                progress(done, len(tensors))
+        if not self.effect.weights and not self.modules:
+            what = "only what is no matrix differs; bring it along with `retrain_others`" if self.others else "the two are the same"
+            raise ValueError(f"There is nothing to extract: {what}.")
+        return self._written()
+
+    def _change(self, name: str) -> Tensor | None:
+        """What is added to a tensor; None where nothing is."""
+        old, new = self.base.fetch(name), self.tuned.fetch(name)
+        if old.shape != new.shape:
+            raise ValueError(f"{name!r} is {tuple(old.shape)} in the base and {tuple(new.shape)} in the tuned model.")
+        if torch.equal(old, new):
+            return None
+        change = full(new) - full(old)
+        if not change.isfinite().all():
+            raise ValueError(f"{name!r} holds values that are not finite in one of the models.")
+        return change
+
+    def _take(self, path: str, module: Any, leaf: str, name: str, change: Tensor) -> None:
+        site = _matrix_at(module)
+        if leaf == "weight" and site is not None:
+            before = self.effect.weights.get((path, "weight"))
+            found, error = cut(Update(path, site, dense=site.matrix(change)), self.rank)
+            # What was cut off is freed here; only the factors stay.
+            made = replace(found, bias=None if before is None else before.bias)
+            self.effect.weights[path, "weight"] = made
+            self.effect.ties = self.effect.ties or name in self.base.aliases
+            self.layers.append(Converted(name, made.rank or 0, float(change.norm()), error))
+            return
+        self.others.append(Left(name, tuple(change.shape), float(change.norm()), self.retrain_others))
+        if not self.retrain_others:
+            return
+        if leaf == "bias" and site is not None:
+            update = self.effect.weights.get((path, "weight")) or nothing(path, site)
+            self.effect.weights[path, "weight"] = replace(update, bias=change)
+        elif path not in self.modules:
+            self.modules.append(path)
+
+    def _written(self) -> Extraction:
+        model: Any = self.base.model
+        task = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
+        like = LoraConfig(task_type=task, base_model_name_or_path=str(self.base.checkpoint.folder))
+        r = self.rank if isinstance(self.rank, int) else None
+        config = config_for(model, self.effect, [like], r)
+        assert isinstance(config, LoraConfig)
+        parts = Plan(model, config, True, True).parts()
+        put(parts, self.effect, model)
+        tensors = {key_in_file(s, PREFIX): s.to_file(s.tensor.detach()).contiguous() for s in slots_of_parts(parts, "default")}
+        inside = dict(base_modules(model))
+        for path in self.modules:
+            for leaf, q in inside[path]._parameters.items():
+                if q is not None:
+                    tensors[f"{PREFIX}{path}.{leaf}"] = self.tuned.fetch(self.base.names[id(q)])
+        config = replace(config, modules_to_save=self.modules or None, inference_mode=True)
+        return Extraction(config, tensors, self.layers, self.others, self.same)
+
+
+def _matrix_at(module: Any) -> Site | None:
+    """The site of a module whose weight is a matrix that LoRA acts on."""
+    weight = module._parameters.get("weight")
+    site = site_at(module) if weight is not None and weight.ndim == 2 else None
+    return None if site is None or site.reads or site.unfit else site
