@@ -117,7 +117,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
         {"name": "inspect model", "words": ["inspect", model, "--json"]},
         {"name": "inspect for people", "words": ["inspect", run]},
         {"name": "inspect nothing", "words": ["inspect", str(folder / "rum")]},
-        {"name": "merge", "words": ["merge", "--adapter", run, "--out", str(folder / "merged"), "--json"]},
+        {"name": "merge", "words": ["merge", "--adapter", run, "--out", str(folder / "merged"), "--verify", "--json"]},
         {"name": "merge again", "words": ["merge", "--adapter", run, "--out", str(folder / "merged")]},
         {"name": "adapter as model", "words": ["chat", "--model", run]},
     ]

@@ -1,92 +1,270 @@
-"""``inlay merge``: base and adapter become one ordinary model folder, checked before it is given its name."""
+"""``inlay merge``: base and adapters become one ordinary model folder, tensor by tensor, without the model ever being loaded."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import Json, console, emit
-from .tuned import Adapter, Device, Dtype, Model, load
+from .combine import parsed_weights
+from .output import Json, console, emit, hush, table
+from .tuned import Device, base_of
 
-PROBE_TEXT = "The quick brown fox jumps over the lazy dog. 0123456789 kubectl get pods -A"
+if TYPE_CHECKING:
+    from inlay.operations.stream_merge import StreamMerge
+
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog. 0123456789 kubectl get pods -A",
+    "Write a function that returns the largest of three numbers.",
+    "Ein Satz in einer anderen Sprache, und noch einer.",
+)
 # Largest difference of a logit, relative to the largest logit, that rounding explains.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+BASE_DTYPES = ("original", "dequantized", "requantized")
 
 
 def merge(
-    adapter: Adapter,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the merged model; must not exist yet.")],
-    model: Model = None,
-    dtype: Dtype = "auto",
+    base: Annotated[str | None, typer.Argument(help="Folder or hub id of the base; the one the adapter names when not given.")] = None,
+    adapter: Annotated[list[Path] | None, typer.Option("--adapter", help="Adapter folder; several act in this order.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the merged model; must not exist yet.")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="A number an adapter, such as 0.7 0.3; one each when not given.")] = None,
+    how: Annotated[str | None, typer.Option("--combine", help="Make one change of several adapters; the ways are listed below.")] = None,
+    density: Annotated[float | None, typer.Option("--density", help="Share of numbers that stays, for ways that prune.")] = None,
+    majority: Annotated[str, typer.Option("--majority-sign-method", help="total or frequency, for ways that elect signs.")] = "total",
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of what is drawn.")] = None,
+    out_dtype: Annotated[str | None, typer.Option("--out-dtype", help="bf16, fp16 or fp32; as in the base when not given.")] = None,
+    base_dtype: Annotated[
+        str, typer.Option("--base-dtype", help="Of a quantised base: original, dequantized or requantized.")
+    ] = "original",
+    verify: Annotated[bool, typer.Option("--verify", help="Load both models and compare their logits on a few prompts.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and write nothing.")] = False,
+    model: Annotated[str | None, typer.Option("--model", help="The base, by a flag.", hidden=True)] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Merge an adapter into its base model and write an ordinary model folder.
+    """Merge adapters of any method into a base and write an ordinary model folder.
 
-    The logits of a probe text are compared before merging, after merging, and once more from the files on disk.
+    Weights are read, changed and written one by one, so memory for one of them is enough. The folder appears whole. After an
+    interruption, the same command goes on where it was.
     """
     from inlay.training.errors import InputError
 
-    if out.exists():
+    hush()
+    if base is not None and model is not None:
+        raise InputError("BASE and --model are the same thing; give one of them.")
+    adapters = _checked(adapter)
+    if out is None and not dry_run:
+        raise InputError("--out is missing: name a new folder for the merged model.")
+    if out is not None and out.exists():
         raise InputError(f"--out {out}: exists already; name a new folder.")
-    screen = console(to_stderr=as_json)
-    tuned = load(model, adapter, dtype, device)
-    if tuned.model.active_peft_config.is_prompt_learning:
-        raise InputError(f"--adapter {adapter}: it acts on the inputs of the model, not on its weights, so it cannot be merged.")
-    wanted = probe(tuned.model, tuned.tokenizer)
-    try:
-        merged = tuned.model.merge_and_unload(safe_merge=True)
-    except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
-        raise InputError(f"--adapter {adapter}: cannot be merged: {' '.join(str(error).split())}") from error
-    error_merged = relative_error(wanted, probe(merged, tuned.tokenizer))
-    number_type = str(merged.dtype).removeprefix("torch.")
-    _check(error_merged, number_type, "merging changes the logits")
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        folder.chmod(0o755)  # mkdtemp's 0700 is for secrets
-        merged.save_pretrained(str(folder))
-        tuned.tokenizer.save_pretrained(str(folder))
-        del merged
-        error_saved = relative_error(wanted, _probe_saved(folder, number_type, device))
-        _check(error_saved, number_type, "the written files give other logits")
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    size = sum(file.stat().st_size for file in out.iterdir())
-    if as_json:
-        emit({"out": str(out), "dtype": number_type, "bytes": size, "error_merged": error_merged, "error_saved": error_saved})
-        return
-    screen.print(f"[bold]{out}[/]: merged model, {number_type}, {size / 1e6:,.1f} MB")
-    screen.print(f"largest error of a logit, relative to the largest one: {error_merged:.1e} merged, {error_saved:.1e} read back from disk")
-
-
-def probe(model: Any, tokenizer: Any) -> Any:
-    """The logits of the probe text, in float32 on the CPU."""
+    if base_dtype not in BASE_DTYPES:
+        raise InputError(f"--base-dtype {base_dtype}: give {', '.join(BASE_DTYPES)}.")
+    if out_dtype is not None and out_dtype not in (*DTYPES, *DTYPES.values()):
+        raise InputError(f"--out-dtype {out_dtype}: give {', '.join(DTYPES)}.")
+    numbers = parsed_weights(weights, len(adapters))
+    folder = _folder(base_of(base if base is not None else model, adapters[0]))
     import torch
 
-    ids = tokenizer(PROBE_TEXT, return_tensors="pt")["input_ids"].to(model.device)
+    from inlay.operations.stream_merge import StreamMerge
+
+    dtype = None if out_dtype is None else getattr(torch, DTYPES.get(out_dtype, out_dtype))
+    try:
+        planned = StreamMerge(folder, adapters, numbers, dtype, combine=how, density=density, majority_sign_method=majority, seed=seed)
+    except (ValueError, TypeError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+    if base_dtype != "original":
+        raise InputError(f"--base-dtype {base_dtype}: {folder} is not quantised; leave the flag out.")
+    facts = _facts(planned, out)
+    screen = console(to_stderr=as_json)
+    if dry_run or out is None:
+        if as_json:
+            emit(facts)
+        else:
+            _show(planned, facts, screen)
+        return
+    errors: dict[str, float] = {}
+
+    def examine(written: Path) -> None:
+        if verify:
+            errors["error"] = compared(planned, written, device, screen)
+
+    try:
+        with _bar(screen, planned.size) as progress:
+            planned.run(out, progress, examine)
+    except (ValueError, TypeError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+    except KeyboardInterrupt:
+        screen.print("What is finished is kept: the same command goes on from there.")
+        raise
+    facts |= errors
+    if as_json:
+        emit(facts)
+        return
+    screen.print(f"[bold]{out}[/]: merged model, {facts['dtype']}, {facts['bytes'] / 1e6:,.1f} MB, {len(planned.changes)} weights changed")
+    if errors:
+        screen.print(f"largest error of a logit, relative to the largest one: {errors['error']:.1e}")
+
+
+def _checked(adapters: list[Path] | None) -> list[Path]:
+    from inlay.training.errors import InputError, near_miss
+
+    if not adapters:
+        raise InputError("--adapter is missing: name at least one adapter folder.")
+    for folder in adapters:
+        if not (folder / "adapter_config.json").is_file():
+            siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+            hint = near_miss(folder.name, [name for name in siblings if name != folder.name])
+            raise InputError(f"--adapter {folder}: no adapter_config.json in there, so it is no adapter.{hint}")
+    return adapters
+
+
+def _folder(base: str) -> Path:
+    """The base on this disk: a folder, or a copy of what is on the hub."""
+    from inlay.training.errors import InputError
+    from inlay.training.models import locate
+
+    found = Path(locate(base))
+    if found.is_dir():
+        return found
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md"]
+    try:
+        return Path(snapshot_download(base, allow_patterns=wanted))
+    except Exception as error:
+        raise InputError(f"{base}: no such folder here, and from the hub: {' '.join(str(error).split())}") from error
+
+
+def _facts(planned: StreamMerge, out: Path | None) -> dict[str, Any]:
+    from collections import Counter
+
+    dtypes = Counter[str]()
+    for entry in planned.checkpoint.tensors.values():
+        dtypes[str(entry.torch_dtype)] += entry.nbytes
+    dtype = dtypes.most_common(1)[0][0] if planned.out_dtype is None else str(planned.out_dtype)
+    return {
+        "out": None if out is None else str(out),
+        "base": str(planned.folder),
+        "dtype": dtype.removeprefix("torch."),
+        "bytes": planned.size,
+        "shards": len(planned.shards),
+        "tensors": len(planned.where),
+        "changes": [{"name": c.name, "shape": list(c.shape), "how": c.how} for c in planned.changes],
+        "config": planned.config_changes,
+    }
+
+
+def _show(planned: StreamMerge, facts: dict[str, Any], screen: Any) -> None:
+    """What would change, weights that differ by their block's number in one row."""
+    from rich.markup import escape
+
+    rows: dict[tuple[str, str, str], int] = {}
+    for change in planned.changes:
+        key = re.sub(r"(?<=\.)\d+(?=\.)", "*", change.name), "x".join(map(str, change.shape)), change.how
+        rows[key] = rows.get(key, 0) + 1
+    made = table("weights", "shape", "count", "what happens", right=("count",))
+    for (name, shape, how), count in rows.items():
+        made.add_row(escape(name), shape, str(count), escape(how))
+    screen.print(made)
+    for name, value in planned.config_changes.items():
+        screen.print(f"config.json: {name} becomes {value}")
+    screen.print(
+        f"{len(planned.changes)} of {facts['tensors']} tensors change; {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']} files would be "
+        f"written, {facts['dtype']}. Nothing was."
+    )
+
+
+@contextmanager
+def _bar(screen: Any, total: int) -> Iterator[Any]:
+    """Bytes done, their speed and the time left, on a terminal."""
+    if not screen.is_terminal or screen.quiet:
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True) as progress:
+        task = progress.add_task("merging", total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+# ---- --verify -------------------------------------------------------------------------------------------------------------
+def compared(planned: StreamMerge, written: Path, device: str, screen: Any) -> float:
+    """The largest difference of a logit between the adapted and the merged model, over the largest logit.
+
+    Raises:
+        RuntimeError: it is more than rounding explains.
+    """
+    from inlay.training.models import choose_device
+
+    where = choose_device(device)
+    screen.print("comparing with the adapted model", style="dim")
+    prompts = _token_ids(written, planned.base.model.get_input_embeddings().weight.shape[0])
+    wanted = _logits(_adapted(planned).to(where).eval(), prompts)
+    merged = planned.model_class.from_pretrained(str(written), dtype="auto").to(where).eval()
+    error = max(relative_error(one, other) for one, other in zip(wanted, _logits(merged, prompts), strict=True))
+    number_type = str(merged.dtype).removeprefix("torch.")
+    if not error <= TOLERANCE.get(number_type, TOLERANCE["float32"]):
+        raise RuntimeError(
+            f"the merged model's logits are off by {error:.1e} of the largest one, more than {number_type} explains; nothing was written."
+        )
+    return error
+
+
+def _adapted(planned: StreamMerge) -> Any:
+    """The base with the adapters in it, as it would be used without merging."""
+    from inlay import PeftModel
+
+    base = planned.model_class.from_pretrained(str(planned.folder), dtype="auto")
+    rows = planned.config_changes.get("vocab_size")
+    if rows is not None:
+        base.resize_token_embeddings(rows)
+    tuned = PeftModel.from_pretrained(base, planned.adapters[0].source, planned.adapters[0].name)
+    for adapter in planned.adapters[1:]:
+        tuned.load_adapter(adapter.source, adapter.name)
+    names = [adapter.name for adapter in planned.adapters]
+    by = planned.combining
+    if by is not None:
+        # All of it, where the way to combine would cut it to a rank.
+        share = 1 - 1e-9 if by.chosen.fixed_rank else None
+        options = {"density": by.options.density if by.chosen.prunes else None, "majority_sign_method": by.options.majority_sign_method}
+        tuned.add_weighted_adapter(names, by.weights, "combined", by.chosen.name, svd_rank=share, seed=by.seed, **options)
+        names = ["combined"]
+    else:
+        for adapter in planned.adapters:
+            if adapter.weight != 1:
+                tuned.set_scale(adapter.name, adapter.weight)
+    tuned.set_adapter(names)
+    return tuned
+
+
+def _token_ids(folder: Path, vocabulary: int) -> list[Any]:
+    import torch
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        found = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS]
+        if all(ids.numel() and int(ids.max()) < vocabulary for ids in found):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (1, 32), generator=generator) for _ in PROMPTS]
+
+
+def _logits(model: Any, prompts: list[Any]) -> list[Any]:
+    import torch
+
     with torch.inference_mode():
-        return model(input_ids=ids).logits.float().cpu()
-
-
-def _probe_saved(folder: Path, number_type: str, device: str) -> Any:
-    from inlay.training.models import load_model, load_tokenizer
-
-    return probe(load_model(str(folder), number_type, device), load_tokenizer(str(folder)))
+        return [model(input_ids=ids.to(model.device)).logits.float().cpu() for ids in prompts]
 
 
 def relative_error(wanted: Any, found: Any) -> float:
     """max |wanted - found| / max |wanted|."""
     return float((wanted - found).abs().max() / wanted.abs().max().clamp(min=1e-12))
-
-
-def _check(error: float, number_type: str, what: str) -> None:
-    if not error <= TOLERANCE[number_type]:
-        raise RuntimeError(f"{what} by {error:.1e} of the largest one, more than {number_type} explains; nothing was written.")
