@@ -95,6 +95,7 @@ def test_a_changed_input_or_bank_is_multiplied_anew() -> None:
         torch.testing.assert_close(once.product_with(x, a, torch.float64), a @ x.t())
 
 
+@pytest.mark.parametrize("out", [5, 40])
 @pytest.mark.parametrize(
     "config",
     [
@@ -106,12 +107,12 @@ def test_a_changed_input_or_bank_is_multiplied_anew() -> None:
     ],
     ids=lambda config: config.peft_type,
 )
-def test_training_steps_are_those_of_the_formula(config: inlay.PeftConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_steps_are_those_of_the_formula(config: inlay.PeftConfig, out: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, found = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(1)).double(), []
     for rows in (-1, 10**6):
         monkeypatch.setattr(lowrank, "FEW_ROWS", rows)
         torch.manual_seed(0)
-        model = inlay.get_peft_model(nn.Sequential(nn.Linear(8, 5).double()), config).double().train()
+        model = inlay.get_peft_model(nn.Sequential(nn.Linear(8, out).double()), config).double().train()
         y = model(x)
         y.square().sum().backward()
         found.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])

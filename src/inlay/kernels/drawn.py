@@ -1,7 +1,8 @@
 """A linear layer with a frozen low-rank pair whose middle is drawn from a distribution, as one autograd function.
 
 With ``u = A x'`` for the means' and the variances' half, the middle is ``h = d1 u1 + t`` with ``t = noise exp(d2 u2 / 2)``. Kept are
-u, which layers with one input and one A have in common, and t: no input and nothing of the layer's own width.
+u, which layers with one input and one A have in common, t, and ``h' B'`` for the gradient of the outer gain, which would cost as much
+to compute again as it did the first time.
 """
 
 from __future__ import annotations
@@ -43,32 +44,39 @@ class _LinearPlusDrawn(torch.autograd.Function):
         noise = draw(x.new_empty((1,), dtype=dtype).expand(*x.shape[:-1], r)).reshape(-1, r).t()
         t = (u[r:] * (gains[r:] / 2)).exp_().mul_(noise)
         y = linear(x, w, bias)
-        accumulate(y.view(-1, y.shape[-1]), torch.addcmul(t, u[:r], gains[:r]).t(), _scaled(b, e, dtype).t().contiguous(), scale)
-        ctx.save_for_backward(w, a, b, d, e, u, t)
+        through = torch.addcmul(t, u[:r], gains[:r]).t() @ b.to(dtype).t()
+        flat = y.view(-1, y.shape[-1])
+        flat.copy_(torch.addcmul(flat, through, e.to(dtype), value=scale))
+        ctx.save_for_backward(w, a, b, d, e, u, t, through if ctx.needs_input_grad[6] else None)
         ctx.scale, ctx.dtype = scale, dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        w, a, b, d, e, u, t = ctx.saved_tensors
+        w, a, b, d, e, u, t, through = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise NotImplementedError("A second derivative needs the layer's input, which is not kept for a frozen pair.")
         dtype, r = ctx.dtype, b.shape[1]
         gains, rows = d.to(dtype).unsqueeze(1), rows_of(g, dtype)
         dx = dd = de = None
-        if ctx.needs_input_grad[6]:
-            h = torch.addcmul(t, u[:r], gains[:r])
-            de = (h @ rows).mul_(b.to(dtype).t()).sum(0).mul_(ctx.scale).to(e.dtype)
+        outer = _scaled(b, e, dtype)
+        if through is not None:
+            de = (rows * through).sum(0).mul_(ctx.scale).to(e.dtype)
         # The gradients of u1 d1 and of u2 d2.
         inner = u.new_empty(u.shape)
-        torch.mm(_scaled(b, e, dtype).t().contiguous(), rows.t(), out=inner[:r])
+        torch.mm(outer.t().contiguous(), rows.t(), out=inner[:r])
         inner[:r].mul_(ctx.scale)
         torch.mul(inner[:r], t, out=inner[r:]).mul_(0.5)
         if ctx.needs_input_grad[5]:
             dd = (inner * u).sum(1).to(d.dtype)
         if ctx.needs_input_grad[0]:
-            own = rows_of(g, g.dtype)
-            dx = accumulate(own @ w.to(own.dtype), inner.t(), a.to(dtype) * gains).view(*g.shape[:-1], a.shape[1])
+            own, right = rows_of(g, g.dtype), a.to(dtype) * gains
+            if own.dtype == w.dtype == dtype and dtype.itemsize > 2 and len(w) < len(own):
+                # The mean is linear in the input, and goes into a passing copy of the weight.
+                dx, inner, right = own @ torch.addmm(w, outer, right[:r], alpha=ctx.scale), inner[r:], right[r:]
+            else:
+                dx = own @ w.to(own.dtype)
+            dx = accumulate(dx, inner.t(), right).view(*g.shape[:-1], a.shape[1])
         return dx, None, None, None, None, dd, de, None, None
 
 

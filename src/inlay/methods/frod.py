@@ -12,13 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.config import PeftType
 from ..core.method import Method, Param, full, generator_for, normal, register, zeros
 from ..core.site import Site
+from ..kernels.rebased import linear_plus_rebased, times_sparse
 from ..kernels.spread import sampled, scattered
 from .banks import check_share
 from .spread import Spread
@@ -177,9 +180,7 @@ class FrodConfig(Spread):
         u = full(p.frod_U)
         left = u * (lengths - full(p.frod_l0))
         if len(places):
-            # S' U': sparse products are many times slower with a transposed V, and U is the smaller one where it matters.
-            turned = torch.sparse_coo_tensor(p.shared.of(p.path)[1].flip(0), entries, (len(v), len(v)), check_invariants=False)
-            left = left + torch.sparse.mm(turned, u.t()).t()
+            left = left + times_sparse(u, p.shared.of(p.path)[1], entries)
         return left @ v.t()
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
@@ -190,13 +191,35 @@ class FrodConfig(Spread):
         return (left * right).sum(-1), sampled(left, right, places) if len(places) else values[1].new_zeros(0)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
-        if not self._takes_kernel(inner, x, self.values(p)):
+        values = self.values(p)
+        if not self._takes_kernel(inner, x, values):
             return super().around(p, inner, x)
+        drops = self.dropout and p.training
+        if inner.dense is not None and not drops and torch.is_grad_enabled() and inner.dense[0].dtype == x.dtype == values[0].dtype:
+            out, inp = inner.dense[0].shape
+            rows = x.numel() // inp
+            if 2 * rows * inp < out * (2 * inp + rows) and rows <= out and _rebuilds(p, inner.dense[0]):
+                (v, places), spread = p.shared.of(p.path), partial(self._spread_sparsely, p)
+                return linear_plus_rebased(x, *inner.dense, p.frod_U, v.to(x), p.frod_l0, places, p.strength, spread, *values)
         return self.with_spread(p, inner, x, partial(self._spread_sparsely, p), partial(self.gather, p))
 
     # -- files: without rotations HF peft writes empty tensors --
     def as_read(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {k: t for k, t in tensors.items() if t.numel()}
+
+
+# Whether a basis gives the weight that it was made of, and of which weight in which state that is known.
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@torch.no_grad()
+def _rebuilds(p: Adapter, w: Tensor) -> bool:
+    """Whether ``U diag(l0) V'`` is the weight, as far as its precision goes: V may be singular, or the weight another by now."""
+    found = _known.get(p.frod_U)
+    if found is None or found[0]() is not w or found[1] != w._version:
+        off = (p.frod_U * p.frod_l0) @ p.shared.of(p.path)[0].to(w).t() - w
+        found = _known[p.frod_U] = ref(w), w._version, bool(off.abs().max() <= 100 * torch.finfo(w.dtype).eps * w.abs().max())
+    return found[2]
 
 
 def _kind(path: str) -> str:
