@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from .core.attach import activate, attach, detach
-from .core.config import PeftConfig
+from .core.config import PeftConfig, nearest
 from .core.inlaid import adapters_of, places, session_of
 from .core.method import METHODS, Method
 from .core.session import Session
@@ -143,27 +144,58 @@ class BaseTuner(nn.Module):
     # -- merging --
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Put adapters (the active ones where None) into the weights; `unmerge_adapter` takes them out to the bit."""
+        from .operations.dequantize import warn_of_rounding
+
         merging.merge(self.model, self.session, adapter_names, safe_merge)
+        warn_of_rounding(self.model)
 
     def unmerge_adapter(self) -> None:
         """Put the base's own weights back."""
         merging.unmerge(self.model)
 
-    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None) -> nn.Module:
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        base: str = "requantized",
+        original: str | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> nn.Module:
         """The base model with adapters merged into its weights, and nothing else left of them.
 
         Args:
             progressbar: for HF's signature; merging is fast enough not to need one.
             safe_merge: refuse results that are not finite.
             adapter_names: the adapters, in the order in which they act; the active ones where None.
+            base: what becomes of quantised layers: ``"requantized"`` rounds the merged weights again, ``"dequantized"`` makes them
+                dense, ``"original"`` makes them dense from the weights before quantisation.
+            original: where those are: a safetensors file or a folder; where None, what the base was loaded from, on this machine.
+            out_dtype: of all weights that are dense afterwards.
 
         Raises:
             TypeError: a method is no function of the weight; the model stays as it was.
+            ValueError: an option is unknown, or the original weights are not found; the model stays as it was.
         """
+        from .operations.dequantize import BASES, merge_dense, warn_of_rounding
+
+        if base not in BASES:
+            raise ValueError(f"base={base!r} is not one of {', '.join(map(repr, BASES))}.{nearest(base, BASES)}")
         session = self.session
+        if base != "requantized":
+            from .initializers.loftq import weights_on_disk
+
+            read = weights_on_disk(self.model, original) if base == "original" else None
+            return merge_dense(self.model, session, adapter_names, safe_merge, read, out_dtype)
         merging.unmerge(self.model)
         merging.merge(self.model, session, adapter_names, safe_merge)
-        return merging.unload(self.model, session, keep_merged=True)
+        warn_of_rounding(self.model)
+        model = merging.unload(self.model, session, keep_merged=True)
+        for q in () if out_dtype is None else model.parameters():
+            if type(q) is nn.Parameter and q.is_floating_point() and q.dtype.itemsize > 1:
+                q.data = q.data.to(out_dtype)
+        return model
 
     def unload(self) -> nn.Module:
         """The base model as it was before any adapter."""
@@ -188,9 +220,7 @@ class BaseTuner(nn.Module):
         from .operations.combine import add_weighted_adapter
 
         svd = (svd_rank, svd_clamp, svd_full_matrices, svd_driver)
-        add_weighted_adapter(
-            self.model, adapters, weights, adapter_name, combination_type, *svd, density, majority_sign_method, **options
-        )
+        add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, *svd, density, majority_sign_method, **options)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `convert_to_lora` takes an adapter."""

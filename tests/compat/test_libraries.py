@@ -19,7 +19,7 @@ def start(library: str, program: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("program", ["trl_trainers", "transformers_models", "diffusers_models"])
+@pytest.mark.parametrize("program", ["trl_trainers", "transformers_models", "diffusers_models", "quantised_models"])
 def test_the_same_numbers_as_on_the_real_peft(program: str, tmp_path: Path):
     children = {library: start(library, program, tmp_path / library) for library in ("inlay", "peft")}
     results: dict[str, dict[str, Any]] = {}

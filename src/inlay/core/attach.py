@@ -16,6 +16,7 @@ from .method import Method
 from .plan import Part, Plan, materialise
 from .session import BASE, Session, drop_choices
 from .steps import watch
+from .stores import store_of
 
 
 def check_name(name: str, session: Session | None) -> None:
@@ -78,6 +79,8 @@ def attach(
         if part.shares_weight_of is not None:
             part.adapter._parameters["weight"] = part.shares_weight_of.adapter._parameters["weight"]
     if not session.configs:
+        for module in model.modules():
+            store_of(module).adopt(module)
         own = {id(q) for q in _adapter_parameters(model)}
         session.frozen = [q for q in model.parameters() if q.requires_grad and id(q) not in own]
     for q in session.frozen:

@@ -213,8 +213,6 @@ class Place:
         host = type(site.module)
         # The fused kernels stand for nn.Linear's own forward and for nothing that overrides it.
         self.plain = type(site) is Linear and host.forward is nn.Linear.forward and (site.store.dense or site.store.in_formulas)
-        if not site.store.dense:
-            site.store.adopt(site.module)
 
     @property
     def name(self) -> str:

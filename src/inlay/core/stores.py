@@ -20,8 +20,8 @@ def store(*hosts: str) -> Callable[[Registered], Registered]:
     """Class decorator: hosts of these classes, or of this class of weight, keep their weight so. Names may be dotted."""
 
     def register(cls: Registered) -> Registered:
-        made = cls()
-        STORES.update({host: made for host in hosts})
+        made: Store = cls()
+        STORES.update(dict.fromkeys(hosts, made))
         return cls
 
     return register
@@ -95,7 +95,7 @@ class Store:
 
     # ---- on hosts that are not dense ------------------------------------------------------------------------------------
     def adopt(self, module: nn.Module) -> None:
-        """Called once for a host that gets adapters."""
+        """Called for each host of a model that gets its first adapter."""
 
     def exact(self, module: nn.Module) -> bool:
         """Whether the host, given an input in its own dtype, multiplies by exactly the weight that `read` gives."""

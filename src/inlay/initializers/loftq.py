@@ -176,7 +176,7 @@ def replace_lora_weights_loftq(
     ]
     if not found:
         raise ValueError(f"No layer of adapter {adapter_name!r} is quantised; `init_lora_weights='loftq'` is for a base that is not.")
-    read = _weights_on_disk(base, model_path)
+    read = weights_on_disk(base, model_path)
     for place, p in found:
         method: Any = p.method
         a, b = (getattr(p, name) for name in method.names(p.site))
@@ -190,7 +190,7 @@ def replace_lora_weights_loftq(
             b.copy_(before[1])
 
 
-def _weights_on_disk(base: nn.Module, path: str | None) -> Callable[[str], Tensor]:
+def weights_on_disk(base: nn.Module, path: str | None) -> Callable[[str], Tensor]:
     """Reads one tensor of a base at a time, by its name in the model."""
     from safetensors import safe_open
 

@@ -32,10 +32,10 @@ def merge(model: nn.Module, session: Session, names: Sequence[str] | None = None
             place.unmerge()
             place.merge(merged)
         raise
-    _tie_again(model)
+    tie_again(model)
 
 
-def _tie_again(model: nn.Module) -> None:
+def tie_again(model: nn.Module) -> None:
     """Ends that share one adapter share the merged weight too."""
     by_adapter = {id(a): p for p in places(model) if isinstance(p, Place) for a in p.adapters.values()}
     for place in places(model):

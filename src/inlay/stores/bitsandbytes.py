@@ -90,6 +90,7 @@ class Held8(NamedTuple):
     q: Any
     codes: Tensor | None
     scales: Tensor | None
+    wandered: bool = False
 
 
 @store("Int8Params")
@@ -112,7 +113,7 @@ class EightBit(Store):
         state: Any = getattr(module, "state", None)
         codes, scales = getattr(q, "CB", None), getattr(q, "SCB", None)
         if scales is None and state is not None:
-            codes, scales = state.CB, state.SCB
+            return Held8(q, state.CB, state.SCB, True)
         return Held8(q, codes, scales)
 
     def read_tensor(self, stored: Any) -> Tensor:
@@ -122,8 +123,12 @@ class EightBit(Store):
 
     def put(self, module: nn.Module, name: str, held: Any) -> None:
         module._parameters[name] = held.q
-        # The layer takes them into its state in its next call.
-        held.q.CB, held.q.SCB = held.codes, held.scales
+        if held.wandered:
+            state: Any = module.state
+            state.CB, state.SCB = held.codes, held.scales
+        else:
+            # The layer takes them into its state in its next call.
+            held.q.CB, held.q.SCB = held.codes, held.scales
 
     @torch.no_grad()
     def write(self, module: nn.Module, name: str, weight: Tensor) -> None:

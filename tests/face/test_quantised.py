@@ -1,0 +1,156 @@
+"""Quantised models as users have them: loaded by transformers with bitsandbytes, saved, merged, unloaded."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from inlay import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+TOKENS = torch.arange(24).view(2, 12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=64,
+        attention_bias=True,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config)
+    for name, q in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(q, std=0.2)
+    path = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(path)
+    return path
+
+
+def loaded(folder: Path, **options: object) -> nn.Module:
+    quantised = BitsAndBytesConfig(**(options or NF4))
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised, device_map="cpu", dtype=torch.float32)
+
+
+def adapted(folder: Path, **options: object) -> PeftModel:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, seed=1, task_type="CAUSAL_LM")
+    return get_peft_model(loaded(folder, **options), config)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+def test_checkpointing_changes_no_gradient(folder: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = adapted(folder)
+        prepare_model_for_kbit_training(model.get_base_model(), use_gradient_checkpointing=checkpointing)
+        model.set_requires_grad("default")
+        model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        found.append({n: q.grad for n, q in model.named_parameters() if q.requires_grad})
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) == 12
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad)
+
+
+def test_files_and_switching(folder: Path, tmp_path: Path) -> None:
+    model = adapted(folder)
+    first = logits(model)
+    model.save_pretrained(tmp_path)
+    other = PeftModel.from_pretrained(loaded(folder), tmp_path)
+    assert torch.equal(logits(other), first)
+    other.add_adapter("b", LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False))
+    other.set_adapter("b")
+    assert not torch.allclose(logits(other), first, atol=1e-3)
+    other.load_adapter(tmp_path, "b2")
+    other.set_adapter("b2")
+    assert torch.equal(logits(other), first)
+    with torch.no_grad():
+        mixed = other(input_ids=TOKENS, adapter_names=["default", "b"]).logits
+    torch.testing.assert_close(mixed[0], first[0], rtol=1e-4, atol=1e-4)
+
+
+def test_counts_are_those_of_the_dense_model(folder: Path) -> None:
+    dense = get_peft_model(LlamaForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules=["q_proj"]))
+    assert get_peft_model(loaded(folder), LoraConfig(r=4, target_modules=["q_proj"])).get_nb_trainable_parameters() == (
+        dense.get_nb_trainable_parameters()
+    )
+
+
+def test_dequantised_merge_loses_nothing(folder: Path, tmp_path: Path) -> None:
+    model = adapted(folder)
+    before = logits(model)
+    merged = model.merge_and_unload(base="dequantized")
+    torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
+    assert {type(m) for n, m in merged.named_modules() if n.endswith("_proj")} == {nn.Linear}
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(tmp_path)), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path_is_given", [False, True])
+def test_merge_into_the_original(folder: Path, path_is_given: bool) -> None:
+    dense = LlamaForCausalLM.from_pretrained(folder)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, seed=1, task_type="CAUSAL_LM")
+    expected = logits(get_peft_model(dense, config))
+    merged = adapted(folder).merge_and_unload(base="original", original=str(folder) if path_is_given else None)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    assert not getattr(merged, "is_loaded_in_4bit", False)
+
+
+def test_out_dtype(folder: Path) -> None:
+    merged = adapted(folder).merge_and_unload(base="dequantized", out_dtype=torch.bfloat16)
+    assert {q.dtype for q in merged.parameters()} == {torch.bfloat16}
+
+
+def test_requantised_merge_says_what_it_lost(folder: Path) -> None:
+    model = adapted(folder)
+    stored = {n: q.detach().clone() for n, q in model.named_parameters() if type(q).__name__ == "Params4bit"}
+    before = logits(model)
+    with pytest.warns(UserWarning, match="6 merged weights were quantised again") as caught:
+        model.merge_adapter()
+    assert "base='dequantized'" in str(caught[0].message)
+    changed = [n for n, q in model.named_parameters() if n in stored and not torch.equal(q, stored[n])]
+    assert len(changed) == 6
+    model.unmerge_adapter()
+    assert all(torch.equal(q, stored[n]) for n, q in model.named_parameters() if n in stored)
+    assert torch.equal(logits(model), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = model.merge_and_unload()
+    assert sum(type(q).__name__ == "Params4bit" for q in merged.parameters()) == 14
+    assert (logits(merged) - before).norm() < 0.5 * before.norm()
+
+
+def test_a_retrained_bias_is_merged_once(folder: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], bias="lora_only", init_lora_weights=False)
+    model = get_peft_model(loaded(folder), config)
+    for n, q in model.named_parameters():
+        if q.requires_grad and "bias" in n:
+            q.data += 0.5
+    before = logits(model)
+    model.base_model.set_adapter("default")
+    torch.testing.assert_close(logits(model.merge_and_unload(base="dequantized")), before, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_bases_and_lost_originals_change_nothing(folder: Path, tmp_path: Path) -> None:
+    model = adapted(folder)
+    before = logits(model)
+    with pytest.raises(ValueError, match="dequantized"):
+        model.merge_and_unload(base="dequantised")
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        model.merge_and_unload(base="original", original=str(tmp_path))
+    assert torch.equal(logits(model), before)
