@@ -95,16 +95,25 @@ def load_model(
 
     source = locate(model)
     try:
-        if quantization == "none":
+        if quantization == "none" and not _quantised_already(source):
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch_dtype, trust_remote_code=trust_remote_code)
         else:
             from inlay.quantize import from_pretrained_quantized
 
-            loaded = from_pretrained_quantized(source, quantization, dtype=torch_dtype, trust_remote_code=trust_remote_code, **quantizing)
+            to = None if quantization == "none" else quantization
+            loaded = from_pretrained_quantized(source, to, dtype=torch_dtype, trust_remote_code=trust_remote_code, **quantizing)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--model {model}: {_why_not(error, model)}") from error
     loaded.eval()
     return loaded.to(where) if place else loaded
+
+
+def _quantised_already(source: str) -> bool:
+    """Whether the files hold weights in a format that Inlay reads by itself."""
+    from transformers import PretrainedConfig
+
+    stored = PretrainedConfig.get_config_dict(source)[0].get("quantization_config") or {}
+    return stored.get("quant_method") in ("bitsandbytes", "inlay")
 
 
 def context_length(model: str, trust_remote_code: bool = False) -> int:

@@ -1,0 +1,212 @@
+"""Quantised models: modules and names stay, files go both ways with bitsandbytes, adapters train on them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import inlay
+from inlay.kernels.quantised_tensor import QuantizedTensor
+from inlay.quantize import quantizable
+
+from .tiny import VOCAB, llama, mixtral
+
+IDS = torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(7)
+    config = GPT2Config(
+        n_layer=2, n_embd=64, n_head=4, vocab_size=VOCAB, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def wider_llama() -> LlamaForCausalLM:
+    """Rows shorter than a block bitsandbytes' kernel for the CPU restores with the scales of other blocks."""
+    torch.manual_seed(7)
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB)
+    return LlamaForCausalLM(config).eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def bnb_4bit(**options: Any) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **options)
+
+
+# ---- in place -----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("to", ["nf4", "fp4", "int4", "int8"])
+@pytest.mark.parametrize("build", [llama, gpt2, mixtral])
+def test_flush_and_back(build: Any, to: str) -> None:
+    dense = build()
+    model = inlay.quantize_(copy.deepcopy(dense), to)
+    names = quantizable(dense)
+    assert names
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in dense.named_modules()]
+    assert [(n, q.shape, q.dtype) for n, q in model.named_parameters()] == [(n, q.shape, q.dtype) for n, q in dense.named_parameters()]
+    assert {n for n, q in model.named_parameters() if isinstance(q, QuantizedTensor)} == set(names)
+    y = logits(model)
+    assert 1e-4 < (y - logits(dense)).norm() / logits(dense).norm() < 0.3
+    back = inlay.dequantize_(copy.deepcopy(model))
+    torch.testing.assert_close(logits(back), y, rtol=1e-5, atol=1e-6)
+    assert list(back.state_dict()) == list(dense.state_dict())
+    assert not any(isinstance(q, QuantizedTensor) for q in back.parameters())
+    assert not hasattr(back.config, "quantization_config")
+    for module in back.modules():
+        assert not module._state_dict_hooks
+
+
+@pytest.mark.parametrize("to", ["nf4", "int4", "int8"])
+@pytest.mark.parametrize("build", [llama, gpt2, mixtral])
+def test_state_dicts(build: Any, to: str, tmp_path: Path) -> None:
+    model = inlay.quantize_(build(), to, skip=[])
+    other = build()
+    for q in other.parameters():
+        nn.init.normal_(q)
+    other = inlay.quantize_(other, to, skip=[])
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    assert not any(isinstance(t, QuantizedTensor) for t in state.values())
+    save_file(state, tmp_path / "model.safetensors")
+    assert not torch.equal(logits(other), logits(model))
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(logits(other), logits(model))
+    # Of another format, and of none.
+    if to == "nf4":
+        other = inlay.quantize_(build(), "fp4", skip=[])
+        other.load_state_dict(state)
+        assert torch.equal(logits(other), logits(model))
+        other.load_state_dict(build().state_dict())
+        assert torch.equal(logits(other), logits(model))
+
+
+def test_ties_stay() -> None:
+    model = inlay.quantize_(llama(tie_word_embeddings=True), skip=[])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert isinstance(model.lm_head.weight, QuantizedTensor)
+    torch.testing.assert_close(logits(inlay.dequantize_(copy.deepcopy(model))), logits(model), rtol=1e-5, atol=1e-6)
+
+
+def test_what_stays() -> None:
+    names = quantizable(llama())
+    assert len(names) == 14
+    assert "lm_head.weight" not in names
+    assert set(quantizable(llama(), ["down_proj", "layers.0.self_attn", "embed_tokens"])) >= {"lm_head.weight"}
+    assert not [n for n in quantizable(llama(), ["down_proj", r"layers\.0\.self_attn"]) if "down_proj" in n or "0.self_attn" in n]
+    with pytest.raises(ValueError, match="fits no module"):
+        inlay.quantize_(llama(), skip=["q_porj"])
+    with pytest.raises(ValueError, match="'nf5'"):
+        inlay.quantize_(llama(), "nf5")
+    model: Any = inlay.get_peft_model(llama(), inlay.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="has adapters"):
+        inlay.quantize_(model)
+
+
+# ---- files --------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("to", ["nf4", "fp4"])
+@pytest.mark.parametrize("build", [wider_llama, gpt2])
+def test_files_of_bitsandbytes_both_ways(build: Any, to: str, double: bool, tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path / "dense")
+    ours = inlay.from_pretrained_quantized(tmp_path / "dense", to, double=double)
+    config = bnb_4bit(bnb_4bit_quant_type=to, bnb_4bit_use_double_quant=double)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        if "quant_state" not in name:
+            assert torch.equal(ours.state_dict()[name], tensor), name
+    y = logits(ours)
+    # For inference bitsandbytes packs weights in another way on some CPUs, and rounds the scales by that.
+    torch.testing.assert_close(logits(theirs.train()), y, rtol=1e-4, atol=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        assert torch.equal(logits(inlay.from_pretrained_quantized(tmp_path / folder)), y)
+    read: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert "Linear4bit" in {type(m).__name__ for m in read.modules()}
+    torch.testing.assert_close(logits(read.train()), y, rtol=1e-4, atol=1e-5)
+
+
+def test_files_in_eight_bits_and_of_our_own(tmp_path: Path) -> None:
+    for to in ("int8", "int4"):
+        model = inlay.quantize_(llama(), to)
+        model.save_pretrained(tmp_path / to)
+        again = inlay.from_pretrained_quantized(tmp_path / to)
+        assert torch.equal(logits(again), logits(model))
+        assert again.config.quantization_config["quant_method"] == ("bitsandbytes" if to == "int8" else "inlay")
+    read: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    codes = inlay.from_pretrained_quantized(tmp_path / "int8").model.layers[0].mlp.up_proj.weight.codes
+    assert torch.equal(read.model.layers[0].mlp.up_proj.weight.data, codes)
+    with pytest.raises(ValueError, match="already"):
+        inlay.from_pretrained_quantized(tmp_path / "int8", "nf4")
+    llama().save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="say to what"):
+        inlay.from_pretrained_quantized(tmp_path / "dense")
+
+
+def test_each_tensor_is_quantised_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are merged from the file's single ones first; no two dense weights are there at a time."""
+    dense = mixtral()
+    dense.save_pretrained(tmp_path)
+    seen: list[str] = []
+    of = QuantizedTensor.of.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(QuantizedTensor, "of", classmethod(lambda cls, w, *a, **k: seen.append(str(tuple(w.shape))) or of(cls, w, *a, **k)))
+    streamed = inlay.from_pretrained_quantized(tmp_path, "nf4", dtype=torch.float32)
+    assert len(seen) == len(quantizable(dense))
+    assert torch.equal(logits(streamed), logits(inlay.quantize_(dense, "nf4")))
+    assert isinstance(streamed.model.layers[0].mlp.experts.gate_up_proj, QuantizedTensor)
+
+
+# ---- adapters -----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.2}], ids=str)
+def test_training_is_that_on_the_dequantised_model(options: dict[str, Any]) -> None:
+    def losses(model: LlamaForCausalLM) -> list[float]:
+        config = inlay.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, seed=3, **options)
+        peft: Any = inlay.get_peft_model(model, config).train()
+        optimizer = torch.optim.SGD([q for q in peft.parameters() if q.requires_grad], lr=0.1)
+        found = []
+        torch.manual_seed(5)
+        for _ in range(3):
+            loss = peft(IDS.repeat(8, 8), labels=IDS.repeat(8, 8)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    quantised = inlay.quantize_(llama())
+    dense = inlay.dequantize_(copy.deepcopy(quantised))
+    ours, theirs = losses(quantised), losses(dense)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours[2] < ours[0]
+
+
+def test_adapters_come_and_go_and_merge() -> None:
+    base = inlay.quantize_(llama())
+    before = base.state_dict()
+    model: Any = inlay.get_peft_model(base, inlay.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    y = logits(model)
+    with pytest.warns(UserWarning, match="quantised again"):
+        model.merge_adapter()
+    assert isinstance(model.get_base_model().model.layers[0].mlp.up_proj.weight, QuantizedTensor)
+    assert 0 < (logits(model) - y).norm() / y.norm() < 0.5
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), y)
+    bare = model.unload()
+    assert all(torch.equal(t, before[n]) for n, t in bare.state_dict().items())
+
+
+def test_compiled_with_an_adapter() -> None:
+    model: Any = inlay.get_peft_model(inlay.quantize_(llama()), inlay.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    y = logits(model)
+    torch.testing.assert_close(logits(torch.compile(model, backend="aot_eager")), y, rtol=1e-5, atol=1e-5)
