@@ -16,7 +16,9 @@ from .tuned import Device, Dtype, hush
 def convert(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.", show_default=False)],
     out: Out,
-    rank: Annotated[str | None, typer.Option("--rank", help="A rank, or the share that is to stay (0.95); not needed for low rank.")] = None,
+    rank: Annotated[
+        str | None, typer.Option("--rank", help="A rank, or the share that is to stay (0.95); not needed for low rank.")
+    ] = None,
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",

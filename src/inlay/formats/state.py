@@ -83,6 +83,9 @@ def slots(path: str, in_file: str, site_name: str, adapter: nn.Module, name: str
         for key in adapter.state_dict(keep_vars=True):
             yield Slot(base + key, live + key, *_held(adapter, key))
         return
+    # Tokens beside a method have a name of their own, whichever adapter was first at this place.
+    as_part = isinstance(adapter.method, TrainableTokensConfig) and adapter.method.as_part
+    in_file = f"{path}.token_adapter" if as_part else in_file.removesuffix(".token_adapter")
     for own, param in adapter.declared.items():
         if param.persistent:
             yield Slot(f"{in_file}.{param.key or own}".lstrip("."), live + own, adapter, own, param, adapter.site)

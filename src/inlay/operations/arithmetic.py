@@ -132,9 +132,13 @@ def drawn(t: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 def agreeing(t: Tensor, w: Tensor, method: str) -> Tensor:
     """At each number the mean of those adapters whose sign is that of the majority (TIES)."""
-    majority = t.sum(0) if method == "total" else t.sign().sum(0)
-    agrees = t.sign() == torch.where(majority >= 0, 1, -1)
-    return (weighted(t, w) * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+    positive = (t.sum(0) if method == "total" else t.sign().sum(0)) >= 0
+    total, voices = torch.zeros_like(t[0]), torch.zeros_like(t[0])
+    for each, weight in zip(t, w.tolist(), strict=True):
+        agrees = torch.where(positive, each > 0, each < 0)
+        total.add_(torch.where(agrees, each, 0), alpha=weight)
+        voices += agrees
+    return total / voices.clamp_min_(1)
 
 
 # ---- HF peft's ----------------------------------------------------------------------------------------------------------

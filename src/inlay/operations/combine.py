@@ -126,7 +126,13 @@ def _weights_at(weights: Weights, name: str, count: int) -> Sequence[float]:
 
 # ---- the combination ------------------------------------------------------------------------------------------------------
 def combined(
-    found: Sequence[Effect], weights: Weights, chosen: Combination, options: Options, rank: float | None, clamp: float | None, seed: int | None
+    found: Sequence[Effect],
+    weights: Weights,
+    chosen: Combination,
+    options: Options,
+    rank: float | None,
+    clamp: float | None,
+    seed: int | None,
 ) -> Effect:
     """One effect of several."""
 
@@ -191,7 +197,9 @@ def combined_at(updates: Sequence[Update], w: Tensor, o: Options, chosen: Combin
         # What a linear rule makes of unit vectors are its coefficients.
         each = chosen.rule(torch.eye(len(updates), dtype=w.dtype), w, o).tolist()
         factors = [u.factors() for u in updates]
-        return Update(name, site, torch.cat([a for a, _ in factors], -2), torch.cat([c * b for c, (_, b) in zip(each, factors, strict=True)], -1))
+        return Update(
+            name, site, torch.cat([a for a, _ in factors], -2), torch.cat([c * b for c, (_, b) in zip(each, factors, strict=True)], -1)
+        )
     if chosen.space == "aligned":
         found = _aligned(updates, w, o, chosen)
     elif chosen.space == "core" or (chosen.space == "invariant" and thin):

@@ -124,7 +124,9 @@ def convert_to_lora(
     """
     _, configs = base_and_configs(model, (adapter_name,))
     if configs[adapter_name].peft_type == PeftType.LORA:
-        warnings.warn("Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that.", stacklevel=2)
+        warnings.warn(
+            "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that.", stacklevel=2
+        )
     found = conversion(model, rank, adapter_name, progressbar)
     return found.config, found.tensors
 

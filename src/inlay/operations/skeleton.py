@@ -17,7 +17,11 @@ CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 def needs_base(config: PeftConfig, tensors: Mapping[str, Tensor]) -> str:
     """Why an adapter's files alone do not say what it does; empty where they do."""
-    if type(config) is not LoraConfig or type(config.acting()) is not LoraConfig or config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+    if (
+        type(config) is not LoraConfig
+        or type(config.acting()) is not LoraConfig
+        or config.init_lora_weights not in (True, False, "gaussian", "orthogonal")
+    ):
         return f"{config.peft_type} with these options depends on the base's weights"
     for option in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "ensure_weight_tying"):
         if getattr(config, option):

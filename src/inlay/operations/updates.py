@@ -137,8 +137,7 @@ def update_of(p: Adapter) -> Update:
         of = update_of(method._of)
         turned = lambda t: None if t is None else t.mT  # noqa: E731
         return Update(p.path, site, turned(of.b), turned(of.a), of.scale, turned(of.dense), _bias_alone(p))
-    adds = isinstance(method, Additive) and (type(method).fold is Additive.fold or isinstance(method, ALora))
-    if adds:
+    if isinstance(method, Additive) and (type(method).fold is Additive.fold or isinstance(method, ALora)):
         extra = method.delta_bias(p)
         bias = _sum(_bias_alone(p), None if extra is None else strength * full(extra).detach())
         if isinstance(method, LowRank) and type(method).delta is LowRank.delta:
@@ -206,7 +205,7 @@ def _all_follow_ties(base: nn.Module, names: Sequence[str]) -> bool:
         touching = [(s, e) for s, e in here if s is not None or e is not None]
         if any(e is None or not isinstance(e.method, Tied) for _, e in touching):
             return False
-        if len({isinstance(s.method, TrainableTokensConfig) for s, _ in touching}) > 1:
+        if len({s is not None and isinstance(s.method, TrainableTokensConfig) for s, _ in touching}) > 1:
             return False
     return True
 
@@ -232,9 +231,8 @@ def _effect(base: nn.Module, name: str, ties: bool, among: Sequence[AnyPlace]) -
             elif isinstance(method, TrainableTokensConfig):
                 effect.weights[key] = _tokens(p, method).update(p.path)
             elif isinstance(method, Tied) and isinstance(method._of.method, TrainableTokensConfig):
-                across = _tokens(method._of, method._of.method).update(p.path)
-                assert across.a is not None and across.b is not None
-                effect.weights[key] = Update(p.path, p.site, across.b.mT, across.a.mT)
+                a, b = _tokens(method._of, method._of.method).update(p.path).factors()
+                effect.weights[key] = Update(p.path, p.site, b.mT, a.mT)
             else:
                 effect.weights[key] = update_of(p)
     return effect
@@ -400,11 +398,12 @@ def _targeted(base: nn.Module, config: Method, effect: Effect, sources: Sequence
         candidates.append(said[0])
     elif all(isinstance(s["target_modules"], set) and not any(s[n] for n in _TARGETING[1:4]) for s in said):
         parameters = sorted({p for s in said for p in s["target_parameters"] or ()})
-        candidates.append({"target_modules": set().union(*(s["target_modules"] for s in said)), "target_parameters": parameters or None})
-    attentions = {path for path, name in wanted if name not in ("weight", "whole") and not isinstance(effect.weights[path, name].site, Stack)}
-    names = {path for path, name in wanted if not isinstance(effect.weights[path, name].site, Stack)}
-    names -= {n for n in names if n.rpartition(".")[0] in attentions}
-    parameters = sorted(f"{path}.{name}" for path, name in wanted if isinstance(effect.weights[path, name].site, Stack)) or None
+        candidates.append({"target_modules": {t for s in said for t in s["target_modules"] or ()}, "target_parameters": parameters or None})
+    raw = {key for key in wanted if isinstance(effect.weights[key].site, Stack)}
+    parameters = sorted(f"{path}.{name}" for path, name in raw) or None
+    # Whoever means an attention means what is behind it too.
+    attentions = {path for path, name in wanted - raw if name not in ("weight", "whole")}
+    names = {path for path, _ in wanted - raw if path.rpartition(".")[0] not in attentions}
     candidates.append({"target_modules": names, "target_parameters": parameters})
     candidates.append({"target_modules": "|".join(map(re.escape, sorted(names))), "target_parameters": parameters})
     if not wanted:
