@@ -199,7 +199,7 @@ def _on_weights(cls: type[Method]) -> dict[str, Any]:
         "mixes": True,
         "layouts": ["whole modules"] if modules else [name for name in HOSTS if name not in refused],
         "refused": refused,
-        "parameters": "" if modules else _formula(cls),
+        "parameters": cls.count_formula if modules else _formula(cls),
         "count": count,
         "shared": shared,
     }

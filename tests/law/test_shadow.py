@@ -199,7 +199,7 @@ def test_half_precision() -> None:
     out = model.train()(input_ids=IDS, labels=IDS)
     assert out.logits.dtype == torch.bfloat16
     out.loss.backward()
-    assert model.base_model.latest_shadow_loss().item() > 0
+    assert model.base_model.last_shadow_loss.item() > 0
     assert model.eval().generate(input_ids=IDS, **GREEDY).shape == (3, 11)
 
 

@@ -96,7 +96,7 @@ def _adds_low_rank_alone(p: Adapter) -> bool:
     if known is None:
         method = p.method
         plain = isinstance(method, LowRank) and type(method).around is LowRank.around
-        known = p.__dict__["_adds_low_rank_alone"] = plain and p.trained_bias is None and method.delta_bias(p) is None
+        known = p.__dict__["_adds_low_rank_alone"] = plain and p.trained_bias is None and method.delta_bias(p) is None  # type: ignore[attr-defined]
     return known and not (p.training and p.method.dropout)  # type: ignore[attr-defined]
 
 

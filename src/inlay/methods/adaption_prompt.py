@@ -41,6 +41,7 @@ class AdaptionPromptConfig(Method):
     prefix: ClassVar[str] = "adaption_"
     paper: ClassVar[str] = "2303.16199"
     equation: ClassVar[str] = "attention(x) + g softmax(q K^T) V, K and V of learned tokens"
+    count_formula: ClassVar[str] = "adapter_len·hidden + 1, in adapter_layers blocks"
     unmergeable: ClassVar[str] = "An adaption prompt is what attention looks at, and no function of any weight."
     ours: ClassVar[frozenset[str]] = Method.ours | {"exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
 

@@ -46,6 +46,13 @@ def uniform_of(fan_in: int) -> Callable[[Tensor, torch.Generator], None]:
     return lambda tensor, generator: tensor.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator)  # type: ignore[func-returns-value]
 
 
+def _latest_loss(tuner: Any) -> Tensor | None:
+    """The loss of the active shadow's own predictions in the last call in training, without its weight."""
+    from ..core.inlaid import adapters_of
+
+    return adapters_of(tuner.model, tuner.active_adapters[0])[0].shared.latest_loss
+
+
 @register
 @dataclass
 class ShadowConfig(Method):
@@ -90,7 +97,8 @@ class ShadowConfig(Method):
         "A shadow corrects what goes into a block by the state of another network, which no weight of the block knows; "
         "`unload` gives the base back, `unload_shadow` the shadow as a model of its own."
     )
-    on_model: ClassVar[tuple[str, ...]] = ("unload_shadow", "latest_shadow_loss")
+    on_model: ClassVar[tuple[str, ...]] = ("unload_shadow",)
+    of_tuner: ClassVar[Mapping[str, Any]] = {"last_shadow_loss": property(_latest_loss)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -224,10 +232,6 @@ class ShadowConfig(Method):
         return self.auxiliary_loss_weight * loss if self.auxiliary_loss_weight > 0 else None
 
     # -- what users ask of the model --
-    def latest_shadow_loss(self, adapters: Sequence[Adapter]) -> Tensor | None:
-        """The loss of the shadow's own predictions in the last call in training, without its weight."""
-        return adapters[0].shared.latest_loss
-
     def unload_shadow(self, adapters: Sequence[Adapter], copy: bool = False) -> nn.Module:
         """The shadow as a model of its own: it predicts, and generates, without the base.
 
@@ -251,7 +255,7 @@ class Shadow(nn.Module):
         after: the name of the next adapted block by that of each.
         start: the name of the first.
         shares: the backbone reads embeddings of the base.
-        latest_loss: see `ShadowConfig.latest_shadow_loss`.
+        latest_loss: of the shadow's own predictions in the last call in training, without its weight.
     """
 
     def __init__(self, config: ShadowConfig, base: nn.Module, holder: nn.Module, order: Sequence[str]) -> None:
