@@ -91,6 +91,8 @@ def attach(
     if hasattr(config, "target_modules"):
         config.target_modules = plan.target_modules  # type: ignore[attr-defined]
     session.configs[name] = config
+    if isinstance(config, Method) and config.acting().listens:
+        session.listening.add(name)
     if not config.inference_mode:
         session.trainable.add(name)
     if activate_it or not session.active:

@@ -21,11 +21,11 @@ def calling(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         model: the bare model that holds the adapters.
     """
     session = session_of(model)
-    methods = {n: c.acting() for n, c in session.configs.items() if isinstance(c, Method)} if session is not None else {}
-    listening = {n: c for n, c in methods.items() if c.takes or type(c).given is not Method.given}
-    if session is None or not listening:
+    # Only these are looked at, however many adapters are loaded.
+    if session is None or not session.listening:
         yield
         return
+    listening = {n: c.acting() for n in session.listening if isinstance(c := session.configs.get(n), Method)}
     choice = session.choice()
     acting = [n for n in choice.all if n in listening]
     call = {name: listening[name].given(model, args, kwargs) for name in acting}

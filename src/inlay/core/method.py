@@ -305,6 +305,11 @@ class Method(PeftConfig):
         """What the layers need to know of the model's call: tensors with the batch in front, which reach them as ``p.call``."""
         return {}
 
+    @property
+    def listens(self) -> bool:
+        """Whether it takes something from the model's call."""
+        return bool(self.takes) or type(self).given is not Method.given
+
     def penalty(self, adapters: Sequence[Adapter]) -> Tensor | None:
         """A term of the loss, of the adapters of one name at all their layers."""
         return None

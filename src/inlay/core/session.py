@@ -59,6 +59,7 @@ class Session:
         traced: the innermost local choice of any thread. torch.compile cannot read a context variable, so a compiled graph
             is guarded by this attribute instead; it follows ``with`` blocks, but does not tell threads apart.
         traced_call: likewise what the innermost running call of the model gave to its adapters.
+        listening: the adapters that take something from the model's call.
         adds_to_loss: the model's calls add the methods' terms to its loss; a trainer that adds them itself takes that over.
         in_loss: the adapters whose terms the last call of the model has added to its loss.
         undo: what takes back the changes that an adapter made to the structure of the base, by name.
@@ -72,6 +73,7 @@ class Session:
     traced: Choice | None = None
     traced_call: Call = field(default_factory=dict)
     in_loss: tuple[str, ...] = ()
+    listening: set[str] = field(default_factory=set)
     adds_to_loss: bool = True
     undo: dict[str, Callable[[], None]] = field(default_factory=dict)
 
@@ -110,6 +112,7 @@ class Session:
             remaining = tuple(n for n in self.configs if n != name)[:1]
         self.active = remaining
         self.trainable.discard(name)
+        self.listening.discard(name)
 
     @property
     def chosen_here(self) -> bool:
