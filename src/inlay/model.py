@@ -21,6 +21,7 @@ from .formats.card import write_card
 from .formats.folder import hub_options, write_adapter
 from .formats.state import LoadReport, fill, slots_of_model, slots_of_parts, warn_of
 from .operations.strength import set_strength, with_strength
+from .signature import show_signature
 from .state_dict import get_peft_model_state_dict, load_peft_weights
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuner import BaseTuner, tuner_class
@@ -70,6 +71,7 @@ class PeftModel(nn.Module):
         else:
             self.base_model = tuner_class(str(peft_config.peft_type))(model, peft_config, adapter_name, low_cpu_mem_usage, **options)
         self.special_peft_forward_args = {"adapter_names"}
+        show_signature(self, model)
         if getattr(model, "is_gradient_checkpointing", False):
             self._prepare_model_for_gradient_checkpointing(model)
         # Fast paths of pretraining that split weights apart would pass the adapters by.

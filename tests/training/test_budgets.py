@@ -33,7 +33,7 @@ def train(model: Any, folder: Path, *callbacks: TrainerCallback) -> None:
     rows = [{"input_ids": [i, i + 1, i + 2, i + 3], "labels": [i, i + 1, i + 2, i + 3]} for i in range(2 * STEPS)]
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=0.01, report_to=[], save_strategy="no",
-        disable_tqdm=True, remove_unused_columns=False, use_cpu=True, logging_strategy="no", seed=0,
+        disable_tqdm=True, use_cpu=True, logging_strategy="no", seed=0,
     )  # fmt: skip
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks)).train()  # type: ignore[arg-type]
 
