@@ -21,7 +21,7 @@ def folders(tmp_path: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
     pair = ["q_proj", "down_proj"]
     for name, config in {
