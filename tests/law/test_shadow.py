@@ -295,6 +295,18 @@ def test_blocks_that_read_no_tokens() -> None:
         model.base_model.unload_shadow()
 
 
+def test_blocks_that_are_sequences() -> None:
+    base = Diffusion()
+    base.transformer_blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+    base.forward = lambda x: base.transformer_blocks[1](base.transformer_blocks[0](base.x_embedder(x)))  # type: ignore[method-assign]
+    x = torch.randn(4, 5, 3)
+    before = base(x)
+    model = inlay.get_peft_model(base, inlay.ShadowConfig(shadow_dropout=0.0, shadow_alpha=0.9))
+    assert torch.equal(model(x), before)
+    moved(model)
+    assert not torch.allclose(model(x), before, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

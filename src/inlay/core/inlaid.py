@@ -560,6 +560,13 @@ def host_class(module: nn.Module) -> type[nn.Module]:
     return type(module)._host if isinstance(module, Inlaid) else type(module)  # type: ignore[attr-defined]
 
 
+class Seats(nn.ModuleDict):
+    """The adapters of a host. A host that calls whatever modules it has (``nn.Sequential``) passes through."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
 def inlay(module: nn.Module, place: AnyPlace) -> None:
     """Set a place into a host; a second place of the same host joins the first."""
     places: dict[str, AnyPlace] = module.__dict__.get("_inlay") or {}
@@ -577,7 +584,7 @@ def inlay(module: nn.Module, place: AnyPlace) -> None:
     module.__class__ = inlaid_class(host, tuple(reads), called)
     if fresh:
         _take_over_hook(module)
-        module.adapters = nn.ModuleDict()
+        module.adapters = Seats()
 
 
 def _take_over_hook(module: nn.Module) -> None:
