@@ -57,6 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "C3A": {"block_size": 128},
     "VBLORA": {"vector_length": 128},
     "ADALORA": {"total_step": STEPS, "tinit": 2, "tfinal": 3},
+    "SHADOW": {"target_modules": None},
     "LN_TUNING": {"target_modules": ["LayerNorm"]},
     "TRAINABLE_TOKENS": {"target_modules": ["word_embeddings"], "token_indices": list(range(999, 5000))},
 }

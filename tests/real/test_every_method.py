@@ -13,8 +13,8 @@ import inlay.methods  # noqa: F401  registers them
 from inlay.core.method import METHODS
 
 TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "make_method_losses.py"))
-# These need more than a model: other adapters that they choose from.
-NOT_ALONE = {"XLORA"}
+# These need more than this model: other adapters that they choose from, or a decoder's attention.
+NOT_ALONE = {"XLORA", "ADAPTION_PROMPT"}
 # By how much the loss has to fall, at least; most methods reach far more.
 FACTOR = 1.05
 
