@@ -34,6 +34,10 @@ def codes(low: int = -7, high: int = 8) -> Tensor:
 
 
 class Base(nn.Module):
+    qweight: Tensor
+    scales: Tensor
+    bias: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.in_features, self.out_features = IN, OUT
