@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,12 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def loaded(folder: Path, **options: object) -> nn.Module:
+def loaded(folder: Path, **options: Any) -> nn.Module:
     quantised = BitsAndBytesConfig(**(options or NF4))
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised, device_map="cpu", dtype=torch.float32)
 
 
-def adapted(folder: Path, **options: object) -> PeftModel:
+def adapted(folder: Path, **options: Any) -> PeftModel:
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, seed=1, task_type="CAUSAL_LM")
     return get_peft_model(loaded(folder, **options), config)
 

@@ -20,7 +20,7 @@ def store(*hosts: str) -> Callable[[Registered], Registered]:
     """Class decorator: hosts of these classes, or of this class of weight, keep their weight so. Names may be dotted."""
 
     def register(cls: Registered) -> Registered:
-        made: Store = cls()
+        made: Store = cls()  # type: ignore[assignment]
         STORES.update(dict.fromkeys(hosts, made))
         return cls
 
