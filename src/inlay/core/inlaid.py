@@ -7,7 +7,7 @@ and the only thing here that has state; `Inlaid` is the thin class that asks it.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -210,7 +210,7 @@ class Place:
         self.merged: tuple[str, ...] = ()
         # What a file calls the host.
         self.in_file = path
-        host = type(site.module)
+        host = host_class(site.module)
         # The fused kernels stand for nn.Linear's own forward and for nothing that overrides it.
         self.plain = type(site) is Linear and host.forward is nn.Linear.forward and (site.store.dense or site.store.in_formulas)
 
@@ -427,9 +427,14 @@ class Retrained:
 
     def forward(self, call: Callable[..., Any], _: bool, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         choice = self.session.choice()
-        if choice.rows is not None:
-            return by_rows(self.session, choice.rows, lambda names, *a, **k: self._chosen(call, names, a, k), (x, *args), kwargs)
-        return self._chosen(call, choice.names, (x, *args), kwargs)
+        if choice.rows is None:
+            return self._chosen(call, choice.names, (x, *args), kwargs)
+
+        def run(names: tuple[str, ...], *a: Any, **k: Any) -> Any:
+            with self.session.local(names):
+                return self._chosen(call, names, a, k)
+
+        return by_rows(self.session, choice.rows, run, (x, *args), kwargs)
 
     def _chosen(self, call: Callable[..., Any], names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = self.here(names)
@@ -440,6 +445,15 @@ class Retrained:
         assert self.kept is not None
         own = {f"{path}.{key}" if path else key: t for (path, key, _), t in self.kept.items() if t is not None}
         return torch.func.functional_call(self.module, own, args, kwargs)
+
+    def beneath(self, places: Mapping[str, AnyPlace]) -> Place | None:
+        """The place of the same module's own weight, where it has one that goes through the module's call."""
+        return next((p for p in places.values() if isinstance(p, Place) and not p.site.reads), None)
+
+    @property
+    def acts_now(self) -> bool:
+        """Whether an adapter that is chosen here and now replaces the module."""
+        return bool(self.here(self.session.choice().names)) or bool(self.merged)
 
     def value(self, name: str) -> Tensor | None:
         """What code that reads the host's weight or bias itself finds there: that of the module which acts now."""
@@ -499,6 +513,10 @@ class Inlaid:
                 first = next(iter(kwargs))
                 args, unnamed = (kwargs.pop(first),), call
                 call = lambda x, *a, **k: unnamed(*a, **{first: x}, **k)  # noqa: E731
+            if isinstance(place, Retrained) and (beneath := place.beneath(self._inlay)) is not None:
+                # Other adapters change the weight of the module that this one replaces.
+                host, bare = call, hook is None
+                call = lambda x, *a, **k: beneath.forward(host, bare, x, a, k)  # noqa: E731
             return place.forward(call, hook is None, args[0], args[1:], kwargs)
         return self._reading(call, args, kwargs)
 
@@ -534,7 +552,8 @@ def _reader(name: str) -> property:
             # Not the host in its forward, but FSDP2, which looks after the shards that it put there.
             return stored
         for place in self.__dict__["_inlay"].values():
-            if isinstance(place, Retrained) or name in (place.site.name, place.site.bias_name):
+            reads = place.acts_now if isinstance(place, Retrained) else place.site.reads and name in (place.site.name, place.site.bias_name)
+            if reads:
                 return place.value(name)
         return stored
 
@@ -579,7 +598,7 @@ def inlay(module: nn.Module, place: AnyPlace) -> None:
             reads += [n for n in ("weight", "bias") if n in module._parameters]
         elif p.site.reads:
             reads += [n for n in (p.site.name, p.site.bias_name) if n is not None and n in module._parameters]
-    called = next((n for n, p in places.items() if isinstance(p, Retrained) or not p.site.reads), "none")
+    called = "" if "" in places else next((n for n, p in places.items() if not p.site.reads), "none")  # type: ignore[union-attr]
     module.__dict__["_inlay"] = places
     module.__class__ = inlaid_class(host, tuple(reads), called)
     if fresh:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -153,11 +154,16 @@ def adapter_tensors(
         save_embedding_layers: add the base's embeddings; ``"auto"`` does where they are adapted or were resized.
 
     Raises:
-        ValueError: ``state_dict`` lacks a tensor of the adapter.
+        ValueError: ``state_dict`` lacks a tensor of the adapter, or a tensor is empty, as the shards of a distributed model are that
+            were not gathered.
     """
     session.check((name,))
     find = _finder(state_dict)
-    found = {key_in_file(s, prefix): s.to_file(find(s)) for s in slots_of_model(model, name)}
+    own = [(s, find(s)) for s in slots_of_model(model, name)]
+    empty = [s.live for s, t in own if t.numel() == 0 and (s.param is None or s.site is None or prod(s.param.shape(s.site)))]
+    if empty:
+        raise ValueError(f"{len(empty)} tensors to save are empty, such as {empty[0]!r}: gather the shards of the model before saving.")
+    found = {key_in_file(s, prefix): s.to_file(t) for s, t in own}
     config = session.configs[name]
     if isinstance(config, Method):
         found = config.written(found)
