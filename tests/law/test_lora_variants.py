@@ -248,6 +248,30 @@ def test_alora_outside_of_a_model_is_the_base() -> None:
         adapted.merge_and_unload()
 
 
+def test_alora_looks_for_its_tokens_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    from inlay.methods import alora
+
+    adapted, (p, q) = model(alora_invocation_tokens=[1, 2], lora_alpha=6)
+    found: list[Tensor] = []
+    acting = alora._acting
+    monkeypatch.setattr(alora, "_acting", lambda rows, x: found.append(acting(rows, x)) or found[-1])
+    x = torch.randn(2, 40, 8, dtype=torch.float64)
+    tensors = [x.requires_grad_(), *(t for t in adapted.parameters() if t.requires_grad)]
+    for count, offsets in enumerate(([7, None], [40, 3]), 1):
+        acts = (torch.arange(40) >= 40 - torch.tensor([[o or 0] for o in offsets])).double().unsqueeze(-1)
+
+        def layer(x: Tensor, r: Adapter, acts: Tensor = acts) -> Tensor:
+            return nn.functional.linear(x, r.site.module.weight, r.site.module.bias) + 3 * acts * (x @ r.lora_A.T @ r.lora_B.T)
+
+        ours, wanted = adapted(input=x, alora_offsets=offsets), layer(layer(x, p).tanh(), q)
+        assert len(found) == count
+        torch.testing.assert_close(ours, wanted)
+        for mine, theirs in zip(
+            torch.autograd.grad(ours.sin().sum(), tensors), torch.autograd.grad(wanted.sin().sum(), tensors), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs)
+
+
 def test_a_layer_of_alora_sees_the_end_of_a_row() -> None:
     adapted, (p, _) = model(alora_invocation_tokens=[7, 8])
     method: Any = p.method

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from ..core.method import add, meet
 from ..core.site import Embedding, Site
+from ..kernels.activated import linear_plus_tokens
+from ..kernels.lowrank import takes_the_formula
 from .lora import LoraConfig, is_linear
 
 if TYPE_CHECKING:
@@ -63,9 +65,12 @@ class ALora(LoraConfig):
         return torch.where(last >= 0, last, NEVER)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
-        y = inner(x)
         if "alora" not in p.call:
-            return y
+            return inner(x)
+        drops = self.dropout > 0 and p.training
+        if inner.dense is not None and not drops and not self.lora_bias and not takes_the_formula(x, *inner.dense):
+            return linear_plus_tokens(x, *inner.dense, *self.factors(p), self.scaling * p.strength, _tokens(p.call["alora"], x))
+        y = inner(x)
         acts = _acting(p.call["alora"].to(y.device), y).unsqueeze(-1)
         x = F.dropout(x, self.dropout, p.training) if x.is_floating_point() else x
         x, a, b = meet(x, *self.factors(p))
@@ -73,6 +78,15 @@ class ALora(LoraConfig):
         if extra is not None:
             y = add(y, acts * extra, p.strength)
         return add(y, site.up(site.down(x, a) * acts, b), self.scaling * p.strength)
+
+
+def _tokens(rows: Tensor, x: Tensor) -> Tensor:
+    """The tokens that are acted on, as positions in all tokens of an input ``(*, tokens, in)``. They are found once a call."""
+    known: dict[Any, Tensor] = vars(rows).setdefault("tokens", {})
+    key = x.shape[:-1], x.device
+    if key not in known:
+        known[key] = _acting(rows.to(x.device), x).flatten().nonzero().squeeze(1)
+    return known[key]
 
 
 def _acting(rows: Tensor, y: Tensor) -> Tensor:
