@@ -97,7 +97,8 @@ class DoraCaching:
 # ---- signatures -----------------------------------------------------------------------------------------------------------
 def update_forward_signature(model: Any) -> None:
     """Let ``model.forward`` show the arguments and the documentation of the base's."""
-    if _tells_nothing(model.forward):
+    if _tells_nothing(model.forward) or hasattr(model.forward, "__signature__"):
+        # What `show_signature` gave shows the arguments; this adds the base's documentation.
         model.forward = _shown_as(model, model.forward, type(model.get_base_model()).forward)
 
 

@@ -391,7 +391,8 @@ def fill(
         weight = module._parameters["weight"]
         assert weight is not None
         if not torch.equal(weight.detach().cpu(), tensor.to("cpu", weight.dtype)):
-            weight.data.copy_(tensor)
+            # A skeleton of a model has no memory of its own to copy into.
+            weight.data = tensor.to(weight.device, weight.dtype, copy=True) if 0 in weight.stride() else weight.data.copy_(tensor)
     return report
 
 
