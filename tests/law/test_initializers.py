@@ -336,6 +336,13 @@ def test_loftq_on_a_quantised_base(tmp_path: Path) -> None:
         inlay.replace_lora_weights_loftq(plain, str(tmp_path))
 
 
+@pytest.mark.usefixtures("_rounded")
+def test_loftq_says_why_it_refuses_a_quantised_base() -> None:
+    config = inlay.LoraConfig(r=2, init_lora_weights="loftq", loftq_config=inlay.LoftQConfig(), target_modules=["host"])
+    with pytest.raises(ValueError, match=r"weight before rounding, .* is gone; .* `replace_lora_weights_loftq`"):
+        attach(Model(Rounded(8, 6)).float(), config, "a")
+
+
 # ---- offsets as adapters --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("layout", ["linear", "conv2d-groups", "experts"])

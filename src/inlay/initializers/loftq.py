@@ -72,7 +72,10 @@ class Loftq(LowRank):
 
     def refuses(self, site: Site) -> str | None:
         if not site.store.dense:
-            return "it is quantised already; start from init_lora_weights=True and call `replace_lora_weights_loftq`"
+            return (
+                "it is quantised already, so the weight before rounding, whose loss the factors of LoftQ make up for, is gone; "
+                "start from init_lora_weights=True and call `replace_lora_weights_loftq`, which reads that weight from the base's file"
+            )
         r = super().params(site)[self.names(site)[0]].shape(site)[-2]
         if r >= min(site.shape[-2:]):
             return f"factors of rank {r} hold all of its {' x '.join(map(str, site.shape[-2:]))} numbers, so nothing would be quantised"
