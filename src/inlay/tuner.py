@@ -86,7 +86,9 @@ class BaseTuner(nn.Module):
     def _of_a_method(self, name: str) -> Any:
         """What a method lets users call on the model (`Method.on_model`), with the layers of the adapter in front."""
         session = session_of(self.model)
-        for adapter in () if session is None else session.active:
+        if session is None:
+            return None
+        for adapter in session.active:
             config = session.configs[adapter]
             if name in getattr(config, "on_model", ()):
                 return lambda *args, **kwargs: getattr(config, name)(adapters_of(self.model, adapter), *args, **kwargs)

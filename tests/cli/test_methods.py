@@ -55,7 +55,8 @@ def test_every_field_is_a_flag(name: str) -> None:
         words: list[str] = []
         for key, value in options.items():
             flag = f"--{key.replace('_', '-')}"
-            words += [flag if value is True and is_switch(name.lower(), key) else f"{flag}={value if isinstance(value, str) else json.dumps(value)}"]
+            typed = value if isinstance(value, str) else json.dumps(value)
+            words.append(flag if value is True and is_switch(name.lower(), key) else f"{flag}={typed}")
         given, rest = take_adapter_flags(words, set(), name.lower())
         assert rest == []
         built: Any = build_config(name.lower(), given)

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 
-import inlay.methods  # noqa: F401  registers them
+import inlay.methods
 import inlay.prompts  # noqa: F401
 from inlay.core.config import CONFIGS
 from inlay.core.method import METHODS

@@ -224,7 +224,8 @@ if find_spec("triton") is not None:
 
         w, x = weight(33, 70).to(where), torch.randn(3, 70, device=where)
         codes, scales = quantize_blocks(w, to, 64)
-        by_code, expected = levels(to, w.device), dequantize_blocks(codes.cpu(), scales.cpu(), to, 64, w.numel(), torch.float32).view(33, 70)
+        by_code = levels(to, w.device)
+        expected = dequantize_blocks(codes.cpu(), scales.cpu(), to, 64, w.numel(), torch.float32).view(33, 70)
         found = dequantize_on_gpu(codes, scales, by_code, 64, w.numel(), torch.empty(w.numel(), device=where))
         assert torch.equal(found.view(33, 70).cpu(), expected)
         product = few_rows_on_gpu(x, codes, scales, by_code, 64, (33, 70)).cpu()

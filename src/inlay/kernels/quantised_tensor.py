@@ -204,7 +204,7 @@ class QuantizedTensor(Tensor):
             if found is not NotImplemented:
                 return found
         args, kwargs = tree_map_only(QuantizedTensor, lambda t: t.dequantize(), (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     # ---- what it stands for -------------------------------------------------------------------------------------------------------
     @property

@@ -230,8 +230,8 @@ class AdaLoraConfig(LoraConfig):
         progress.pattern_before = self.rank_pattern
         if step > last:
             for p in adapters:
-                if p.method.mask is not None:
-                    _zero(p, torch.tensor(p.method.mask, device=p.lora_E.device))
+                if p.method.mask is not None:  # type: ignore[attr-defined]
+                    _zero(p, torch.tensor(p.method.mask, device=p.lora_E.device))  # type: ignore[attr-defined]
             return
         if step < last:
             for p in adapters:
@@ -258,9 +258,9 @@ class AdaLoraConfig(LoraConfig):
         threshold = everything.kthvalue(away).values
         masks = [s > threshold.to(s.device) for s in scores]
         for p, mask in zip(adapters, masks, strict=True):
-            p.method.mask = mask.tolist()
+            p.method.mask = mask.tolist()  # type: ignore[attr-defined]
             _zero(p, mask)
-        self.rank_pattern = {f"{p.path}.lora_E": p.method.kept() for p in adapters}
+        self.rank_pattern = {f"{p.path}.lora_E": p.method.kept() for p in adapters}  # type: ignore[attr-defined]
 
 
 # ---- importance -----------------------------------------------------------------------------------------------------------
@@ -303,12 +303,12 @@ def _layer_of(key: str) -> str:
 
 
 def _state(p: Adapter) -> dict[str, Any]:
-    return {"values": p.lora_E.detach().clone(), "mask": p.method.mask, "importance": p.__dict__.get("_importance")}
+    return {"values": p.lora_E.detach().clone(), "mask": p.method.mask, "importance": p.__dict__.get("_importance")}  # type: ignore[attr-defined]
 
 
 def _put(p: Adapter, state: dict[str, Any]) -> None:
     p.lora_E.data.copy_(state["values"])
-    p.method.mask = state["mask"]
+    p.method.mask = state["mask"]  # type: ignore[attr-defined]
     p.__dict__.pop("_importance", None)
     if state["importance"] is not None:
         p.__dict__["_importance"] = state["importance"]

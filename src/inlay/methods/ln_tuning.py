@@ -71,7 +71,7 @@ class LNTuningConfig(Method):
             self.target_modules = {"linear_1", "linear_2", *_DEFAULTS["llava"].split()} - {"multi_modal_projector"}
 
     def params(self, site: Site) -> dict[str, Param]:
-        declared = {"ln_tuning_weight": Whole(("out", "in"), key="ln_tuning_layers.weight")}
+        declared: dict[str, Param] = {"ln_tuning_weight": Whole(("out", "in"), key="ln_tuning_layers.weight")}
         bias = site.bias()
         if bias is not None:
             declared["ln_tuning_bias"] = Param(tuple(bias.shape), key="ln_tuning_layers.bias", batched=False)

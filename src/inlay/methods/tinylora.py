@@ -132,6 +132,6 @@ class TinyLoraConfig(LowRank):
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         v = p.shared.tinylora_v[p.shared.group[p.path]]
-        middle = torch.tensordot(p.tinylora_P.to(v.dtype), v, dims=([-3], [0]))
+        middle = torch.tensordot(p.tinylora_P.to(v.dtype), v, dims=([-3], [0]))  # type: ignore[arg-type]
         a, b = p.tinylora_A.to(v.dtype), p.tinylora_B.to(v.dtype)
         return (b.mT, (middle @ a).mT) if isinstance(p.site, Embedding) else (a, b @ middle)

@@ -61,7 +61,7 @@ def create_loraplus_optimizer(
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
-    return optimizer_cls(made, **kwargs | {"lr": lr})
+    return optimizer_cls(made, **kwargs | {"lr": lr})  # type: ignore[arg-type]
 
 
 def _is_output_side(p: Adapter, name: str) -> bool:
