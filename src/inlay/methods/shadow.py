@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from ..core.config import PeftType, TaskType
 from ..core.method import Method, Param, full, generator_for, kaiming_uniform, register, zeros
@@ -122,8 +123,11 @@ class ShadowConfig(Method):
         undo = Undo(self)
         if targets:
             holder = holder_of(base, targets[0].path)
-            walk = Walk(self, list(signature(holder.forward).parameters))
+            inside = list(signature(base.get_submodule(targets[0].path).forward).parameters)
+            walk = Walk(self, list(signature(holder.forward).parameters), inside)
+            first = base.get_submodule(targets[0].path)
             undo.hooks = [
+                first.register_forward_pre_hook(walk.entering, with_kwargs=True),
                 holder.register_forward_pre_hook(walk.before, with_kwargs=True),
                 holder.register_forward_hook(walk.after, with_kwargs=True, always_call=True),
             ]
@@ -269,10 +273,15 @@ class Shadow(nn.Module):
         seed = int(torch.randint(2**31, (1,), generator=generator_for(config.seed, "shadow")))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            from ..operations import flux
+
+            self.reads_block = flux.is_flux(holder, order[0])
             self.shadow_backbone, projection = self._made(config, holder, width)
             own = width_of(self.shadow_backbone.config, self.shadow_backbone)
             if projection is None:
                 projection = nn.Identity() if own == width else nn.Linear(own, width, bias=False)
+                if self.reads_block and own != width:
+                    projection = flux.start_of(projection)  # type: ignore[arg-type]
             if isinstance(projection, nn.Linear) and projection.weight.shape != (width, own):
                 raise ValueError(
                     f"shadow_model={config.shadow_model!r} brings a projection from {projection.in_features} to "
@@ -299,6 +308,10 @@ class Shadow(nn.Module):
     def _made(self, config: ShadowConfig, holder: nn.Module, width: int) -> tuple[nn.Module, nn.Module | None]:
         if reads_embeddings(holder):
             return (mirror(config, holder), None) if config.shadow_model == "mirror" else trained(config.shadow_model)
+        if self.reads_block:
+            from ..operations import flux
+
+            return (flux.mirror(config, holder) if config.shadow_model == "mirror" else flux.trained(config.shadow_model, holder)), None
         if config.shadow_model != "mirror":
             raise ValueError(f"{type(holder).__name__} reads no tokens, so no trained shadow fits; use shadow_model='mirror'.")
         own = config.shadow_hidden_size or width
@@ -339,9 +352,14 @@ class Shadow(nn.Module):
         inputs |= {} if cache is None else {"past_key_values": cache}
         return self.shadow_projection(self.shadow_backbone(**inputs, use_cache=cache is not None, return_dict=True).last_hidden_state)
 
-    def first_state_of(self, x: Tensor) -> Tensor:
-        """The same where all there is to see is what goes into the first block."""
-        return self.shadow_projection(self.shadow_backbone(x.to(self.dtype))).to(x.dtype)
+    def first_state_of(self, x: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """The same where all there is to see is what goes into the first block.
+
+        Args:
+            call: what that block was called with, by name.
+        """
+        further = (call,) if self.reads_block else ()
+        return self.shadow_projection(self.shadow_backbone(x.to(self.dtype), *further)).to(x.dtype)
 
     def loss(self, state: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor | None:
         """That of what the shadow predicts alone, from its first state."""
@@ -550,21 +568,23 @@ class Walked:
         states: by the name of the block.
         rows: which rows of the batch the blocks are on; all where None.
         count: of the rows for which adapters were named; a row may have several entries.
+        call: what the first block was called with, by name.
     """
 
     states: dict[str, Tensor] = field(default_factory=dict)
     rows: tuple[int, ...] | None = None
     count: int = 0
+    call: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, rows: list[int]) -> Walked:
         own = range(self.count) if self.rows is None else self.rows
-        return Walked(self.states, tuple(own[i] for i in rows), self.count)
+        return Walked(self.states, tuple(own[i] for i in rows), self.count, self.call)
 
     def state(self, p: Adapter, x: Tensor) -> Tensor:
         """The state before a block on ``x``."""
         found = self.states.get(p.path)
         if found is None:
-            return p.shared.first_state_of(x)
+            return p.shared.first_state_of(x, self.call if self.rows is None else tree_map(lambda v: self._of_rows(v, x), self.call))
         return (found if self.rows is None else found[self._mine(x)]).to(x.device)
 
     def go_on(self, p: Adapter, state: Tensor) -> None:
@@ -578,6 +598,12 @@ class Walked:
             index = torch.arange(len(whole), device=state.device)[mine]
             state = whole.to(state).index_copy(0, index, state)
         self.states[following] = state
+
+    def _of_rows(self, value: Any, x: Tensor) -> Any:
+        """Of what has the batch in front, that of the rows in ``x``."""
+        assert self.rows is not None
+        whole = self.count * (len(x) // len(self.rows))
+        return value[self._mine(x)] if isinstance(value, Tensor) and value.ndim and len(value) == whole else value
 
     def _mine(self, x: Tensor) -> Any:
         assert self.rows is not None
@@ -594,10 +620,21 @@ class Walk:
     Attributes:
         config: of the adapter.
         names: of the module's arguments.
+        inside: of those of the first block.
     """
 
     config: ShadowConfig
     names: list[str]
+    inside: list[str]
+
+    def entering(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        from ..core.inlaid import session_of
+
+        session = session_of(block)
+        name = None if session is None else self._name(session)
+        walked = None if session is None or name is None else session.call.get(name, {}).get("shadow")
+        if isinstance(walked, Walked):
+            walked.call = dict(zip(self.inside, args, strict=False)) | kwargs
 
     def before(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entry = None
