@@ -54,13 +54,13 @@ def run(library: str, tokens: int, width: int, layers: int) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("library", nargs="?", choices=["inlay", "peft"])
+    options.add_argument("package", nargs="?", choices=["inlay", "peft"])
     for name, default in (("tokens", 1024), ("width", 1024), ("layers", 4)):
         options.add_argument(f"--{name}", type=int, default=default)
     given = options.parse_args()
     sizes = [f"--{name}={getattr(given, name)}" for name in ("tokens", "width", "layers")]
-    if given.library:
-        run(given.library, given.tokens, given.width, given.layers)
+    if given.package:
+        run(given.package, given.tokens, given.width, given.layers)
         return
     found = {}
     for library in ("peft", "inlay"):

@@ -16,7 +16,9 @@ TOOL = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "make_method_los
 # These need more than this model: other adapters that they choose from, or a decoder's attention.
 NOT_ALONE = {"XLORA", "ADAPTION_PROMPT"}
 # By how much the loss has to fall, at least; most methods reach far more.
-FACTOR = 1.05
+FACTOR = 1.2
+# TinyLoRA trains a few hundred numbers in all, which go less far in eight steps.
+FACTORS = {"TINYLORA": 1.05}
 
 
 @pytest.fixture(scope="module")
@@ -31,4 +33,4 @@ def test_the_loss_falls(name: str, task: Any) -> None:
         result = TOOL["train"](*task, name)
     assert result.parameters > 0
     assert all(0 < loss < 10 for loss in result.losses)
-    assert result.factor > FACTOR
+    assert result.factor > FACTORS.get(name, FACTOR)

@@ -33,12 +33,12 @@ class Store:
     Attributes:
         dense: the weight can be read and written as it is, and kernels may stand for the host's forward.
         in_formulas: the stored tensor takes part in torch's operations as a dense one does, so that kernels may stand for the forward.
-        library: what a user knows the backend by.
+        backend: what a user knows the backend by.
     """
 
     dense = True
     in_formulas = False
-    library = ""
+    backend = ""
 
     # ---- looking ------------------------------------------------------------------------------------------------------
     def tensor(self, module: nn.Module, name: str) -> Tensor:

@@ -239,7 +239,8 @@ def _embeddings_to_save(model: nn.Module, session: Session, name: str, wanted: b
     if not tokens:
         adapted = {id(host_of(p)) for p in places(model) if isinstance(p, Place) and p.adapters.get(name) is not None}
         adapted_embeddings = [(p, m) for p, m in named if id(m) in adapted]
-        if adapted_embeddings:
+        # The new rows of a vocabulary that grew are at both ends, also where an adapter is at one of them.
+        if adapted_embeddings and not _resized(model, config):
             return adapted_embeddings
     return named if _resized(model, config) else []
 

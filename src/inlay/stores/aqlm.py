@@ -14,7 +14,7 @@ from .frozen import Quantised
 
 @store("aqlm.inference.QuantizedLinear")
 class AQLM(Quantised):
-    library = "AQLM"
+    backend = "AQLM"
 
     def held(self, module: Any, name: str) -> Any:
         return module

@@ -21,7 +21,7 @@ class FourBit(Store):
     """Two codes a byte with a scale a block, in a ``Params4bit`` whose ``quant_state`` says the rest."""
 
     dense = False
-    library = "bitsandbytes"
+    backend = "bitsandbytes"
 
     def shape(self, module: nn.Module, name: str) -> torch.Size:
         q: Any = module._parameters[name]
@@ -98,7 +98,7 @@ class EightBit(Store):
     """Rows of whole numbers with a scale each, in an ``Int8Params`` and the layer's ``state``."""
 
     dense = False
-    library = "bitsandbytes"
+    backend = "bitsandbytes"
 
     def dtype(self, module: nn.Module, name: str) -> torch.dtype:
         q, bias = module._parameters[name], module._parameters.get("bias")

@@ -15,7 +15,7 @@ from .frozen import Quantised
 
 @store(SCHEME)
 class Compressed(Quantised):
-    library = "compressed-tensors"
+    backend = "compressed-tensors"
 
     def scales(self, module: nn.Module) -> Tensor:
         own = module._parameters.get("weight")

@@ -16,7 +16,7 @@ HOSTS = ("transformers.integrations.eetq.EetqLinear", "eetq.modules.qlinear.Eetq
 
 @store(*HOSTS)
 class EETQ(Probed):
-    library = "EETQ"
+    backend = "EETQ"
 
     def shape(self, module: nn.Module, name: str) -> torch.Size:
         return module._parameters["weight"].mT.shape if "weight" in module._parameters else super().shape(module, name)  # type: ignore[union-attr]

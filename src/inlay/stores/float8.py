@@ -27,7 +27,7 @@ def spread(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
 
 @store("transformers.integrations.finegrained_fp8.FP8Linear")
 class Float8(Quantised):
-    library = "transformers FP8"
+    backend = "transformers FP8"
     scale_name = "weight_scale_inv"
 
     def block(self, module: nn.Module) -> tuple[int, int]:

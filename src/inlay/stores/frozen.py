@@ -32,7 +32,7 @@ class Quantised(Store):
 
     def unwritable(self, module: nn.Module, name: str) -> str:
         return (
-            f"{self.library} fits its numbers to data, or has no way to make them from a weight again, so nothing can be merged into this "
+            f"{self.backend} fits its numbers to data, or has no way to make them from a weight again, so nothing can be merged into this "
             f"{_host(module).__name__}; use merge_and_unload(base='dequantized') or base='original'."
         )
 

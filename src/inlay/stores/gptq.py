@@ -16,14 +16,14 @@ from .frozen import Probed, Quantised
 class GPTQ(Probed):
     """AWQ's layers, and those whose kernel has an order of its own, are asked by an identity matrix."""
 
-    library = "gptqmodel"
+    backend = "gptqmodel"
 
 
 @store("gptqmodel.nn_modules.qlinear.PackableQuantLinear")
 class PackedGPTQ(Quantised):
     """The layers that unpack their codes themselves."""
 
-    library = "gptqmodel"
+    backend = "gptqmodel"
 
     def held(self, module: Any, name: str) -> Any:
         return module

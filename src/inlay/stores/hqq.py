@@ -22,7 +22,7 @@ class HeldHQQ(NamedTuple):
 
 @store("hqq.core.quantize.HQQLinear")
 class HQQ(Quantised):
-    library = "HQQ"
+    backend = "HQQ"
 
     def scales(self, module: nn.Module) -> Tensor:
         return module._parameters["W_q"]  # type: ignore[return-value]

@@ -16,7 +16,7 @@ HOST = "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_module
 
 @store(HOST)
 class NeuralCompressor(Probed):
-    library = "neural-compressor"
+    backend = "neural-compressor"
 
     def _own(self, module: nn.Module) -> Tensor:
         return module._parameters["weight"]  # type: ignore[return-value]

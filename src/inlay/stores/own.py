@@ -14,7 +14,7 @@ from ..core.stores import Store, store
 class Own(Store):
     dense = False
     in_formulas = True
-    library = "inlay"
+    backend = "inlay"
 
     def read_tensor(self, stored: Any) -> Tensor:
         return stored.detach().dequantize()

@@ -24,7 +24,7 @@ from ..core.stores import Store, store
 )
 class TorchAO(Store):
     dense = False
-    library = "torchao"
+    backend = "torchao"
 
     def read_tensor(self, stored: Any) -> Tensor:
         return stored.detach().dequantize()
