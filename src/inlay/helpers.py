@@ -17,6 +17,7 @@ from .core.inlaid import Place, adapters_of, places, session_of
 from .core.method import LowRank, full
 from .core.site import Embedding, TransposedLinear, site_of
 from .core.targets import bare_model
+from .signature import twin
 from .tuner import BaseTuner
 
 
@@ -135,9 +136,7 @@ def _tells_nothing(method: Callable[..., Any]) -> bool:
 def _shown_as(model: Any, bound: MethodType, shown: Callable[..., Any]) -> MethodType:
     own = bound.__func__
     assert isinstance(own, FunctionType)
-    twin = FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__, own.__closure__)
-    twin.__kwdefaults__ = own.__kwdefaults__
-    return MethodType(update_wrapper(twin, shown, assigned=("__doc__", "__name__", "__annotations__")), model)
+    return MethodType(update_wrapper(twin(own), shown, assigned=("__doc__", "__name__", "__annotations__")), model)
 
 
 # ---- which modules to adapt -----------------------------------------------------------------------------------------------

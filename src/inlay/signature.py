@@ -21,6 +21,13 @@ def show_signature(model: nn.Module, base: nn.Module) -> None:
         model.__dict__["forward"] = types.MethodType(made, model)
 
 
+def twin(function: types.FunctionType) -> types.FunctionType:
+    """A second function that runs the same code, to be shown in another way."""
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__, made.__doc__, made.__qualname__ = function.__kwdefaults__, function.__doc__, function.__qualname__
+    return made
+
+
 @cache
 def _like(forward: types.FunctionType, shown: Callable[..., Any]) -> types.FunctionType | None:
     """A function that runs as one and shows the parameters of another beside its own; None where those cannot be read."""
@@ -35,8 +42,7 @@ def _like(forward: types.FunctionType, shown: Callable[..., Any]) -> types.Funct
     keyword = [p for p in theirs if p.kind is p.KEYWORD_ONLY and p.name not in own.parameters]
     options = [p for p in own.parameters.values() if p.kind is p.KEYWORD_ONLY]
     rest = [kinds[k] for k in (inspect.Parameter.VAR_KEYWORD,) if k in kinds]
-    made = types.FunctionType(forward.__code__, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
-    made.__kwdefaults__, made.__doc__, made.__qualname__ = forward.__kwdefaults__, forward.__doc__, forward.__qualname__
+    made = twin(forward)
     if any(p.default is p.empty for p in named) and any(p.default is not p.empty for p in named):
         named = [p.replace(default=None) if p.default is p.empty else p for p in named]
     made.__signature__ = own.replace(parameters=[first, *named, *keyword, *options, *rest])  # type: ignore[attr-defined]

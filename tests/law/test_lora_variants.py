@@ -371,3 +371,13 @@ def test_files_know_their_options() -> None:
     plain = config.to_file()
     assert plain["velora_config"] == dataclasses.asdict(inlay.VeloraConfig(num_groups=7))
     assert inlay.LoraConfig(**{k: v for k, v in plain.items() if k != "runtime_config"}).velora_config == config.velora_config
+
+
+def test_alora_counts_the_tokens_of_embeddings_given_in_place_of_ids() -> None:
+    """Without a name as with one: the offsets count back from the end of ``(rows, tokens, width)``."""
+    config = inlay.LoraConfig(r=2, alora_invocation_tokens=[1])
+    x = torch.randn(2, 5, 7)
+    for args, kwargs in (((x,), {}), ((), {"inputs_embeds": x})):
+        found = config.variant().given(torch.nn.Linear(7, 7), args, {**kwargs, "alora_offsets": [2, None]})["alora"]
+        assert found[0].tolist() == [3, 5]
+        assert found[1, 0] > 5

@@ -45,7 +45,8 @@ class ALora(LoraConfig):
             shaped = ids if ids is not None else embedded
             device = None if shaped is None else shaped.device
             back = torch.tensor([0 if o is None else int(o) for o in offsets], device=device)
-            length = NEVER // 2 if shaped is None else shaped.shape[-1 if ids is not None else -2]
+            # Embeddings may stand in the place of token ids.
+            length = NEVER // 2 if shaped is None else shaped.shape[-2 if shaped.is_floating_point() else -1]
             start = torch.where(back > 0, length - back, NEVER)
         elif ids is not None and not ids.is_floating_point():
             ids = ids if ids.ndim > 1 else ids.unsqueeze(0)
