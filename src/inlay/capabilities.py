@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .core.adapter import Adapter
 from .core.config import CONFIGS, PeftConfig, config_class
 from .core.families import Rotation
-from .core.inlaid import Adapter, Inner
+from .core.inner import Inner
 from .core.method import Additive, LowRank, Method
 from .core.site import Read, Site, Stack, site_of
 from .methods.lora import LoraConfig

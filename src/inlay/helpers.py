@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .core.config import PeftConfig
-from .core.inlaid import Place, adapters_of, places, session_of
+from .core.inlaid import adapters_of, places, session_of
 from .core.method import LowRank, full
+from .core.place import Place
 from .core.site import Embedding, TransposedLinear, site_of
 from .core.targets import bare_model
 from .signature import twin

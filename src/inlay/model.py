@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .core.attach import attach, check_name
 from .core.calls import calling, penalised
 from .core.config import PeftConfig
-from .core.inlaid import Retrained, places, session_of
+from .core.inlaid import places, session_of
+from .core.retrained import Retrained
 from .core.rows import Order
 from .core.session import Session, carry_choices
 from .formats.card import write_card
@@ -370,7 +371,7 @@ class PeftModel(nn.Module):
         if not plain.get("base_model_name_or_path"):
             plain["base_model_name_or_path"] = getattr(base, "name_or_path", None) or getattr(base, "__dict__", {}).get("name_or_path")
         if config.task_type is None:
-            from .core.inlaid import host_class
+            from .core.place import host_class
 
             cls = host_class(base)
             plain["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}

@@ -8,7 +8,9 @@ from typing import Literal
 
 from torch import nn
 
-from .core.inlaid import AnyPlace, Retrained, host_class, host_of, places, session_of
+from .core.inlaid import host_of, places, session_of
+from .core.place import host_class
+from .core.retrained import AnyPlace, Retrained
 from .core.session import Session
 from .core.targets import bare_model
 

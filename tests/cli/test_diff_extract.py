@@ -12,7 +12,8 @@ import torch
 
 import inlay
 from inlay.cli.app import run
-from inlay.core.inlaid import Place, places
+from inlay.core.inlaid import places
+from inlay.core.place import Place
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "face"))
 

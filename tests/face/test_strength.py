@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import inlay
-from inlay.core.inlaid import Place, adapters_of, places
+from inlay.core.inlaid import adapters_of, places
+from inlay.core.place import Place
 
 from .tiny import ids, llama, logits, stir
 

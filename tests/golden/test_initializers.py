@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import inlay
-from inlay.core.inlaid import Adapter, places
+from inlay.core.adapter import Adapter
+from inlay.core.inlaid import places
 
 from .models import MODELS
 from .support import WEIGHTS, both_ways, close, jitter, outputs, same_steps

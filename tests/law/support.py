@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inlay.core.adapter import Adapter
 from inlay.core.attach import attach
-from inlay.core.inlaid import Adapter, Place, places
+from inlay.core.inlaid import places
 from inlay.core.method import Method
+from inlay.core.place import Place
 from inlay.core.targets import explain_targets
 
 from .cases import CASES, METHOD_CASES, SELECTED

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from inlay import LoraConfig
 from inlay.core.attach import attach
-from inlay.core.inlaid import Place, session_of
+from inlay.core.inlaid import session_of
+from inlay.core.place import Place
 from inlay.core.session import BASE
 from inlay.core.targets import explain_targets
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import inlay
-from inlay.core.inlaid import Adapter, adapters_of
+from inlay.core.adapter import Adapter
+from inlay.core.inlaid import adapters_of
 from inlay.methods.adamss import _means
 
 WEIGHTS = "adapter_model.safetensors"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inlay.core.inlaid import Adapter
+from inlay.core.adapter import Adapter
 from inlay.methods.hra import HRAConfig
 from inlay.methods.ia3 import IA3Config
 from inlay.methods.oft import OFTConfig

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.capabilities import capabilities
+from inlay.core.adapter import Adapter
 from inlay.core.attach import attach, detach
 from inlay.core.config import CONFIGS
-from inlay.core.inlaid import Adapter, Inner, adapters_of
+from inlay.core.inlaid import adapters_of
+from inlay.core.inner import Inner
 from inlay.core.method import METHODS, Additive, Method, Param, normal, register
 from inlay.core.site import Site, Whole
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import inlay
+from inlay.core.adapter import Adapter
 from inlay.core.attach import attach
 from inlay.core.config import PeftConfig
-from inlay.core.inlaid import Adapter
 from inlay.core.stores import STORES
 from inlay.core.targets import explain_targets
 from inlay.initializers.eva import StreamedDirections, distribute, get_eva_state_dict, initialize_lora_eva_weights

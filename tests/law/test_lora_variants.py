@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import inlay
-from inlay.core.inlaid import Adapter, adapters_of
+from inlay.core.adapter import Adapter
+from inlay.core.inlaid import adapters_of
 from inlay.operations.replicate import replicate
 
 ALL: dict[str, dict[str, Any]] = {

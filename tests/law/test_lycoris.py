@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import inlay
+from inlay.core.adapter import Adapter
 from inlay.core.attach import attach
-from inlay.core.inlaid import Adapter, adapters_of
+from inlay.core.inlaid import adapters_of
 from inlay.core.method import Method
 from inlay.methods.dylora import DyLoraConfig
 from inlay.methods.full import FullConfig

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inlay.core.adapter import Adapter
 from inlay.core.families import cayley, cayley_series, nearest_divisor, skew
-from inlay.core.inlaid import Adapter
 from inlay.methods.boft import BOFTConfig
 from inlay.methods.bone import BoneConfig
 from inlay.methods.glora import GloraConfig

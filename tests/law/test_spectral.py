@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import inlay
 from inlay.core.attach import attach
-from inlay.core.inlaid import Place, places
+from inlay.core.inlaid import places
+from inlay.core.place import Place
 from inlay.kernels import lowrank, spread
 
 from .layouts import Layout

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import inlay
-from inlay.core.inlaid import Place, places
+from inlay.core.inlaid import places
+from inlay.core.place import Place
 
 from .cases import CASES, METHOD_CASES
 from .layouts import LAYOUTS

@@ -20,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import PeftModel, load_peft_weights
+from ..core.adapter import Adapter
 from ..core.config import PeftConfig
-from ..core.inlaid import Adapter, Place, Retrained, places
+from ..core.inlaid import places
 from ..core.method import LowRank, Method, folded, full
+from ..core.place import Place
 from ..core.plan import Biases, Part, Plan, materialise
+from ..core.retrained import Retrained
 from ..core.targets import Target
 from ..core.tied import Tied
 from ..formats.state import PREFIX, AdapterMismatch, fill, slots, slots_of_parts

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from ..core.inlaid import Adapter, AnyPlace, Inlaid, Retrained
+from ..core.adapter import Adapter
+from ..core.inlaid import Inlaid
 from ..core.method import METHODS, Method
+from ..core.retrained import AnyPlace, Retrained
 from ..core.tied import Tied
 from ..core.views import TunerLayer
 from .keys import load_map

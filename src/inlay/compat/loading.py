@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from ..core.inlaid import Adapter
+from ..core.adapter import Adapter
 from .keys import live_name, prefixes_of
 
 

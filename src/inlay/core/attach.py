@@ -11,9 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from torch import nn
 
 from .config import PeftConfig
-from .inlaid import Place, Retrained, host_of, inlay, places, seat, session_of, unseat
+from .inlaid import host_of, inlay, places, seat, session_of, unseat
 from .method import Method
+from .place import Place
 from .plan import Part, Plan, materialise
+from .retrained import Retrained
 from .session import BASE, Session, drop_choices
 from .steps import watch
 from .stores import store_of

@@ -15,7 +15,8 @@ from .method import Additive, Method, Param, full, zeros
 from .site import Embedding, Site
 
 if TYPE_CHECKING:
-    from .inlaid import Adapter, Inner
+    from .adapter import Adapter
+    from .inner import Inner
 
 
 class Decomposed(Additive):

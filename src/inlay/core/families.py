@@ -11,7 +11,8 @@ from .method import Method, full, meet
 from .site import Embedding, Linear, Site, TransposedLinear
 
 if TYPE_CHECKING:
-    from .inlaid import Adapter, Inner
+    from .adapter import Adapter
+    from .inner import Inner
 
 
 class Rotation(Method):

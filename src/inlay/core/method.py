@@ -27,7 +27,8 @@ from .config import CONFIGS, PeftConfig, nearest
 from .site import Site
 
 if TYPE_CHECKING:
-    from .inlaid import Adapter, Inner
+    from .adapter import Adapter
+    from .inner import Inner
 
 Init = Callable[[Tensor, torch.Generator], Any]
 Config = TypeVar("Config", bound=type[PeftConfig])

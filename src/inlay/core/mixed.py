@@ -15,7 +15,8 @@ from .rows import Group, Selector, entries_a_row, put_back, selector, taken
 from .site import Embedding, Linear, TransposedLinear
 
 if TYPE_CHECKING:
-    from .inlaid import Adapter, Place
+    from .adapter import Adapter
+    from .place import Place
 
 
 def mixed(

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter import Adapter
 from .config import PeftConfig, nearest
-from .inlaid import Adapter, Inlaid, Inner
+from .inlaid import Inlaid
+from .inner import Inner
 from .method import METHODS, Method, Param
 from .site import Read, Site
 from .targets import NO_TARGETS, Target, base_modules, find_targets, resolved_targets, site_at, tied_paths

@@ -12,7 +12,8 @@ from .method import LowRank, Method, Param, add, folded, meet
 from .site import Site
 
 if TYPE_CHECKING:
-    from .inlaid import Adapter, Inner
+    from .adapter import Adapter
+    from .inner import Inner
 
 
 @dataclass

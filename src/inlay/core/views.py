@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .inlaid import AnyPlace, Place
+    from .place import Place
+    from .retrained import AnyPlace
 
 
 class view:
@@ -119,7 +120,7 @@ class TunerLayer(nn.Module):
 
     # -- strength --
     def _each(self, names: Sequence[str]) -> Iterator[tuple[Place, str]]:
-        from .inlaid import Place
+        from .place import Place
 
         for place in self._places.values():
             if isinstance(place, Place):

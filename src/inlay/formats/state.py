@@ -12,10 +12,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.adapter import Adapter
 from ..core.config import nearest
-from ..core.inlaid import Adapter, Place, Retrained, host_of, places
+from ..core.inlaid import host_of, places
 from ..core.method import LowRank, Method, Param
+from ..core.place import Place
 from ..core.plan import Biases, Part
+from ..core.retrained import Retrained
 from ..core.session import Session
 from ..core.site import Site
 from ..core.targets import base_modules, tied_paths

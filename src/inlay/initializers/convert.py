@@ -33,7 +33,9 @@ def as_plain_lora(
     Raises:
         ValueError: the adapter is no LoRA, or starts from a rounded weight; or the folder is needed and does not fit.
     """
-    from ..core.inlaid import Adapter, Place, places
+    from ..core.adapter import Adapter
+    from ..core.inlaid import places
+    from ..core.place import Place
     from ..core.targets import tied_paths
     from ..formats.folder import read_tensors, weight_files
     from ..formats.state import PREFIX, key_in_file, slots

@@ -21,7 +21,8 @@ from .calibration import Progress, targets, watching
 from .svd import SEED, orthonormal, precise, singular_vectors
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Place
+    from ..core.adapter import Adapter
+    from ..core.place import Place
     from ..core.site import Site
 
 PREFIX = "base_model.model."
@@ -443,7 +444,9 @@ def initialize_lora_eva_weights(
 
 def _adapted(base: nn.Module, name: str) -> list[tuple[Place, Adapter]]:
     """The layers that an adapter of LoRA is on."""
-    from ..core.inlaid import Adapter, Place, places
+    from ..core.adapter import Adapter
+    from ..core.inlaid import places
+    from ..core.place import Place
     from ..methods.lora import LoraConfig
 
     return [

@@ -26,7 +26,8 @@ from .offset import alive
 from .pissa import pissa
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @dataclass
@@ -115,7 +116,7 @@ class Loftq(LowRank):
         return (new if p.strength == 1 else new - (1 - p.strength) * lost), b
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
-        from ..core.inlaid import Inner
+        from ..core.inner import Inner
 
         if p.strength != 1:
             return Method.around(self, p, inner, x)
@@ -168,7 +169,9 @@ def replace_lora_weights_loftq(
     Raises:
         ValueError: no adapted layer is quantised, or the file is not found or lacks a weight.
     """
-    from ..core.inlaid import Adapter, Place, places
+    from ..core.adapter import Adapter
+    from ..core.inlaid import places
+    from ..core.place import Place
     from ..core.targets import bare_model
 
     base = bare_model(peft_model)

@@ -13,7 +13,7 @@ from ..core.site import Site
 from .svd import precise, singular_vectors
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.adapter import Adapter
 
 
 def minor_directions(w: Tensor, r: int) -> Tensor:

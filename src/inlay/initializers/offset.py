@@ -21,7 +21,7 @@ from ..core.method import LowRank, Method, Param, generator_for, kaiming_uniform
 from ..core.site import Site
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.adapter import Adapter
 
 # How many numbers of weights are decomposed at once. A CPU goes through a stack one by one, and better with one in its cache.
 AT_ONCE = {"cpu": 2**20}

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.adapter import Adapter
 from ..core.config import PeftType
-from ..core.inlaid import Adapter
 from ..core.method import Additive, Init, LowRank, Method, Param, normal, register, zeros
 from ..core.site import Site
 from .lora import LoraConfig

@@ -22,7 +22,8 @@ from ..kernels.lowrank import linear_plus_low_rank
 from .banks import check_positive
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 class Groups(NamedTuple):

@@ -15,7 +15,8 @@ from ..core.site import Site, Whole
 from ..core.targets import architecture
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 SEPARATE, PACKED = ("q_proj", "k_proj", "v_proj", "o_proj"), ("c_attn",)
 

@@ -20,7 +20,8 @@ from ..kernels.lowrank import takes_the_formula
 from .lora import LoraConfig, is_linear
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 NEVER = 2**30
 

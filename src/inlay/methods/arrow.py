@@ -23,7 +23,8 @@ from ..core.site import Site
 from .lora import LoraConfig, is_linear
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
     from ..model import PeftModel
 
 ROUNDS = 15
@@ -148,7 +149,8 @@ def create_arrow_model(
     Raises:
         ValueError: there are no adapters, or they do not fit the base or each other.
     """
-    from ..core.inlaid import Place, places
+    from ..core.inlaid import places
+    from ..core.place import Place
     from ..model import PeftModel
 
     if not task_specific_adapter_paths:

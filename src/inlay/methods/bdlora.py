@@ -16,7 +16,7 @@ from .dora import Dora
 from .lora import LoraConfig
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.adapter import Adapter
 
 
 @dataclass

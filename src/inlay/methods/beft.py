@@ -12,7 +12,8 @@ from ..core.method import Method, Param, normal, register, zeros
 from ..core.site import Embedding, Site, _AnyConv
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 _DEFAULTS = {
     "v": "t5 mt5", "value": "bert roberta", "value_proj": "deberta-v2", "v_lin": "distilbert",

@@ -19,7 +19,8 @@ from ..core.site import Site
 from ..kernels.turned import Order, linear_turned, multiplied, turn
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @register

@@ -16,7 +16,8 @@ from ..kernels import lowrank
 from .spread import Spread
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 INITS = ("gaussian", "kaiming_uniform", "xavier_uniform")
 

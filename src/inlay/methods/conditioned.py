@@ -10,7 +10,8 @@ from ..core.method import Method, add, full, meet
 from ..kernels.lowrank import linear_plus_low_rank
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 class Conditioned(Method):

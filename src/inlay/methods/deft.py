@@ -16,7 +16,8 @@ from ..core.site import Site
 from .conditioned import Conditioned, plus_low_rank
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 DECOMPOSITIONS = ("relu", "qr")
 

@@ -13,7 +13,7 @@ from ..core.method import LowRank, Method, Param, constant, full, kaiming_unifor
 from ..core.site import Site
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.adapter import Adapter
 
 # Directions are not shorter than this.
 SHORTEST = 1e-4

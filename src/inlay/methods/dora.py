@@ -19,7 +19,8 @@ from ..kernels.decomposed import linear_decomposed, row_squares
 from .lora import LoraConfig
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 class Dora(LoraConfig):

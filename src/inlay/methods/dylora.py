@@ -17,7 +17,7 @@ from ..core.site import Site
 from .lycoris import Drawn, rank
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.adapter import Adapter
 
 
 @register

@@ -18,7 +18,8 @@ from ..kernels.spread import remembered, sampled, scattered
 from .spread import Spread
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @register

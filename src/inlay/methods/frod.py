@@ -27,7 +27,8 @@ from .banks import check_share
 from .spread import Spread
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 class Projections(nn.Module):

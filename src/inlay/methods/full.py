@@ -12,7 +12,8 @@ from ..core.site import Site
 from ..kernels.sums import linear_plus_matrix
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @register

@@ -17,7 +17,8 @@ from ..core.site import Site
 from ..kernels.passing import linear_through
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 FORMS = {
     "config_A_B": ("lora", "vector", "constant", "none"),

@@ -20,7 +20,8 @@ from ..core.site import Site
 from ..kernels.blocks import linear_plus_blocks, through_blocks, update_of_blocks
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @register

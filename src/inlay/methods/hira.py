@@ -14,7 +14,8 @@ from ..core.site import Embedding, Site
 from .spread import Spread
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @register

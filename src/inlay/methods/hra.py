@@ -20,7 +20,8 @@ from ..core.site import Site
 from ..kernels.turned import linear_reflected
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @register

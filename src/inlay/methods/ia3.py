@@ -13,7 +13,8 @@ from ..core.site import Embedding, Linear, Site, TransposedLinear, _AnyConv
 from ..core.targets import _hit, architecture
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 # By `model_type` of the base: what is scaled at its output, and what at its input.
 _QV, _KV = "q_proj v_proj", "k_proj v_proj"

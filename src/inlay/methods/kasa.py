@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core.inlaid import Inner
+from ..core.inner import Inner
 from ..core.method import LowRank, Param, add, full, meet, normal, zeros
 from ..core.site import Site
 from .lora import LoraConfig
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.adapter import Adapter
 
 
 @dataclass

@@ -20,7 +20,8 @@ from ..kernels.routed import linear_plus_routed
 from .banks import check_positive
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 class Experts(nn.Module):

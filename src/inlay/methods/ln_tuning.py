@@ -13,7 +13,8 @@ from ..core.site import Linear, Site
 from ..core.targets import architecture
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 _BLOCK = "input_layernorm post_attention_layernorm"
 _GEMMA = f"{_BLOCK} pre_feedforward_layernorm post_feedforward_layernorm norm"

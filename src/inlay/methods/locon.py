@@ -18,7 +18,7 @@ from ..core.site import ConvTranspose, Site
 from .lycoris import Drawn, Frame, Lycoris, core_uniform
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.adapter import Adapter
 
 
 @register

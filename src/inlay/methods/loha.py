@@ -18,7 +18,8 @@ from ..kernels.hadamard import hadamard, khatri_rao, linear_plus_hadamard
 from .lycoris import Frame, Lycoris, as_matrix, core_uniform, tensor_of, tucker
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @register

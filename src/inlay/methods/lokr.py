@@ -21,7 +21,8 @@ from ..kernels.kronecker import kronecker, linear_plus_kronecker, times_kronecke
 from .lycoris import Frame, Lycoris, as_matrix, core_uniform, tensor_of, tucker
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 class Shapes(NamedTuple):

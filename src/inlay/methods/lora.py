@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .. import initializers
+from ..core.adapter import Adapter
 from ..core.config import PeftType
-from ..core.inlaid import Adapter
 from ..core.method import Init, LowRank, Method, Param, normal, register, zeros
 from ..core.site import Embedding, Linear, Site, TransposedLinear, _AnyConv
 from ..initializers.plain import gaussian, orthogonal, uniform

@@ -14,7 +14,8 @@ from ..core.method import Additive, Init, LowRank, Param, full, ones, zeros
 from ..core.site import Site
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 def _help(text: str) -> dict[str, Any]:

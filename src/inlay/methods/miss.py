@@ -18,7 +18,8 @@ from ..core.site import Site
 from ..kernels.passing import linear_plus_shards, linear_through, side_by_side, sums_of_shards
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 INITS = ("bat", "mini")
 

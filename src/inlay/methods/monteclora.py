@@ -19,7 +19,8 @@ from ..core.site import Site
 from .lora import LoraConfig
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @dataclass

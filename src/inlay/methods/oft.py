@@ -21,7 +21,8 @@ from ..core.site import Embedding, Site
 from ..kernels.turned import linear_turned
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @register

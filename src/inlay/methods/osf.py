@@ -22,7 +22,8 @@ from ..kernels.lowrank import linear_plus_low_rank
 from ..kernels.projected import within
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 _LLAMA = "q_proj k_proj v_proj o_proj gate_proj down_proj up_proj"
 _DEFAULTS = {

@@ -19,7 +19,8 @@ from ..core.site import Embedding, Site
 from .lora import is_linear
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 def _help(text: str) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from ..core.site import Site
 from ..kernels.core import linear_plus_core
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 BASES = ("psoft_init", "pissa_init")
 SVDS = ("full", "lowrank")

@@ -25,7 +25,8 @@ from ..kernels.lowrank import takes_the_formula
 from .banks import check_positive, check_share, corner, uniform_of_fan, widest
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 # The generators of adapters that have one of their own; they are on the CPU and no part of the model.
 _generators: WeakKeyDictionary[nn.Module, torch.Generator] = WeakKeyDictionary()

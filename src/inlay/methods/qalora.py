@@ -17,7 +17,8 @@ from .dora import Dora
 from .lora import LoraConfig, is_linear
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 class QALora(LoraConfig):

@@ -22,7 +22,8 @@ from .banks import check_positive, check_share, widest
 from .spread import Spread
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @register

@@ -20,7 +20,8 @@ from ..kernels.pairs import formula, turn_pairs
 if TYPE_CHECKING:
     import torch
 
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 # How many angles there are for each output.
 VARIANTS = {"road_1": 0.5, "road_2": 1, "road_4": 2}

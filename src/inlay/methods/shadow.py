@@ -29,7 +29,8 @@ from ..core.site import Site, Whole
 from ..core.targets import base_modules
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
     from ..core.session import Session
 
 # What models call the list of their blocks, and their sizes.
@@ -420,7 +421,7 @@ def mirror(config: ShadowConfig, holder: nn.Module) -> nn.Module:
     """
     import copy
 
-    from ..core.inlaid import host_class
+    from ..core.place import host_class
 
     sizes = copy.deepcopy(holder.config)
     depth = config.shadow_num_hidden_layers or 1
@@ -686,7 +687,8 @@ class Walk:
 
 
 def _bank(holder: nn.Module, name: str) -> Shadow:
-    from ..core.inlaid import Adapter, places
+    from ..core.adapter import Adapter
+    from ..core.inlaid import places
 
     return next(p for place in places(holder) if isinstance(p := place.adapters.get(name), Adapter) and p.shared is not None).shared
 

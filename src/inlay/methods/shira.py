@@ -16,7 +16,7 @@ from ..kernels.spread import remembered, sampled, scattered
 from .spread import Spread
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.adapter import Adapter
 
 
 @register

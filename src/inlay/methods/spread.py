@@ -17,7 +17,8 @@ from ..kernels.lowrank import takes_the_formula
 from ..kernels.spread import linear_plus_spread, piecewise
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @dataclass

@@ -19,7 +19,7 @@ from ..core.site import Embedding, Site
 from .banks import check_positive, check_share
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.adapter import Adapter
 
 
 class Vectors(nn.Module):

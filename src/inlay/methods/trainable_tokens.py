@@ -17,7 +17,8 @@ from ..core.method import Method, Param, register, zeros
 from ..core.site import Embedding, Site
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @register

@@ -20,7 +20,7 @@ from ..core.site import Site
 from .banks import check_positive, check_share
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.adapter import Adapter
 
 
 class Theta(nn.Module):

@@ -19,7 +19,7 @@ from ..core.site import Site
 from .banks import check_positive, check_share
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.adapter import Adapter
 
 _QKVO = "q_proj k_proj v_proj out_proj fc1 fc2"
 _DEFAULTS = {

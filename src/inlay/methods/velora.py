@@ -15,7 +15,8 @@ from ..kernels.compressed import in_groups, linear_compressed
 from .lora import LoraConfig, is_linear
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 STARTS = ("batch_average", "batch_average_once", "random")
 

@@ -17,7 +17,8 @@ from ..kernels.gained import linear_plus_gained
 from .banks import check_positive, check_share, corner, uniform_of_fan, widest
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 @register

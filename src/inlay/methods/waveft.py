@@ -19,7 +19,7 @@ from .fourierft import check_places, places_param, random_places, too_many
 from .spread import Spread
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter
+    from ..core.adapter import Adapter
 
 
 @register

@@ -22,7 +22,8 @@ from ..core.method import Method, Param, add, generator_for, kaiming_uniform, re
 from ..core.site import Site
 
 if TYPE_CHECKING:
-    from ..core.inlaid import Adapter, Inner
+    from ..core.adapter import Adapter
+    from ..core.inner import Inner
 
 
 def _help(text: str) -> dict[str, Any]:
@@ -128,7 +129,8 @@ class XLoraConfig(Method):
         return undo
 
     def prepare(self, base: nn.Module) -> None:
-        from ..core.inlaid import Place, places
+        from ..core.inlaid import places
+        from ..core.place import Place
         from ..core.targets import Exactly
 
         names = self.adapters or {}

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.adapter import Adapter
 from ..core.attach import attach
-from ..core.inlaid import Adapter, adapters_of, places
+from ..core.inlaid import adapters_of, places
 from ..core.method import Method, generator_for, matches
 from ..core.plan import Part
 from ..formats.state import adapter_tensors, fill, slots_of_parts

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..core.inlaid import Place, Retrained, lift, places
+from ..core.inlaid import lift, places
+from ..core.place import Place
+from ..core.retrained import Retrained
 from ..core.session import Session
 from ..core.site import Site, site_of
 from ..core.targets import base_modules

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.inlaid import host_class
+from ..core.place import host_class
 from ..core.plan import pristine_copy
 
 if TYPE_CHECKING:

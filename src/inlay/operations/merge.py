@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ..core.inlaid import Place, Retrained, host_of, lift, places, session_of
+from ..core.inlaid import host_of, lift, places, session_of
+from ..core.place import Place
+from ..core.retrained import Retrained
 from ..core.session import Session, drop_choices
 from ..core.targets import tied_paths
 from ..core.tied import Tied

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.inlaid import Adapter, Inner, Place
+from ..core.adapter import Adapter
+from ..core.inner import Inner
 from ..core.method import LowRank, meet
 from ..core.mixed import _adds_low_rank_alone
+from ..core.place import Place
 from ..core.site import Linear, Site, TransposedLinear
 
 Factors = tuple[Tensor, Tensor]

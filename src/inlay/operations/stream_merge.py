@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..auto import _AUTO_CLASSES
+from ..core.adapter import Adapter
 from ..core.attach import attach
 from ..core.config import PeftConfig
-from ..core.inlaid import Adapter, AnyPlace, Place, Retrained, places
+from ..core.inlaid import places
 from ..core.method import Additive, LowRank, Method, full
+from ..core.place import Place
+from ..core.retrained import AnyPlace, Retrained
 from ..core.site import Embedding, Linear, Site, Stack, TransposedLinear
 from ..core.targets import base_modules
 from ..core.tied import Tied

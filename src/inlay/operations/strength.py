@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from ..core.adapter import Adapter
 from ..core.config import PeftConfig
-from ..core.inlaid import Adapter, Place, adapters_of, places
+from ..core.inlaid import adapters_of, places
 from ..core.method import Method, matches
+from ..core.place import Place
 from ..core.session import Session
 from ..core.tied import Tied
 from ..methods.lora import LoraConfig

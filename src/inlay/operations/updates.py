@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.adapter import Adapter
 from ..core.config import PeftConfig
-from ..core.inlaid import Adapter, AnyPlace, Place, Retrained, places, session_of
+from ..core.inlaid import places, session_of
 from ..core.method import Additive, LowRank, Method, biased, folded, full
+from ..core.place import Place
 from ..core.plan import Biases, Part, materialise
+from ..core.retrained import AnyPlace, Retrained
 from ..core.site import Embedding, Site, Stack, _AnyConv
 from ..core.targets import explain_targets, tied_paths
 from ..core.tied import Tied

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn import Parameter
 
-from ..core.inlaid import Adapter, adapters_of, session_of
+from ..core.adapter import Adapter
+from ..core.inlaid import adapters_of, session_of
 from ..core.method import LowRank
 from ..core.targets import bare_model
 

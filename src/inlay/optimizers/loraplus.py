@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..core.inlaid import Adapter, places
+from ..core.adapter import Adapter
+from ..core.inlaid import places
 from ..core.site import Embedding
 from ..core.targets import bare_model
 

@@ -29,7 +29,8 @@ class Compressed(Quantised):
         own = stored._parameters.get("weight")
         if own is not None and own.dtype.itemsize > 1:
             return own.detach()
-        from ..core.inlaid import bare, host_class
+        from ..core.inlaid import bare
+        from ..core.place import host_class
 
         twin: Any = bare(stored) if host_class(stored) is not type(stored) else copy.copy(stored)
         # What is unpacked goes into tables of the copy's own.

@@ -45,7 +45,8 @@ class Probed(Quantised):
 
     @torch.no_grad()
     def read_tensor(self, stored: Any) -> Tensor:
-        from ..core.inlaid import bare, host_class
+        from ..core.inlaid import bare
+        from ..core.place import host_class
 
         host: Any = bare(stored) if host_class(stored) is not type(stored) else stored
         bias = host._parameters.get("bias", host._buffers.get("bias", getattr(host, "bias", None)))
@@ -61,6 +62,6 @@ class Probed(Quantised):
 
 
 def _host(module: nn.Module) -> type[nn.Module]:
-    from ..core.inlaid import host_class
+    from ..core.place import host_class
 
     return host_class(module)

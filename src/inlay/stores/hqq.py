@@ -48,7 +48,7 @@ class HQQ(Quantised):
 
     @torch.no_grad()
     def write(self, module: nn.Module, name: str, weight: Tensor) -> None:
-        from ..core.inlaid import host_class
+        from ..core.place import host_class
 
         host: Any = module
         old = host._parameters["W_q"]

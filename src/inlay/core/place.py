@@ -1,0 +1,245 @@
+"""One adapted weight of a host: the layer under its adapters, one after another, and the weight that they amount to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels.frozen import frozen_linear
+from .adapter import Adapter
+from .inner import Inner
+from .method import Additive, biased, folded, full
+from .rows import by_rows, grouped
+from .session import Session
+from .site import Embedding, Linear, Site, TransposedLinear
+
+# What hosts that read their weights have read in the forward pass that is running: an expert stack is read once an expert.
+read_now: ContextVar[dict[Any, Tensor] | None] = ContextVar("inlay_read", default=None)
+
+
+class Place:
+    """One adapted weight of a host.
+
+    Attributes:
+        path: the host's name in the model.
+        adapters: the adapters that sit here, by name.
+        merged: the adapters that are in the weight now.
+        rounding: what merging into a quantised weight lost by rounding it again, as a share of the weight, and as one of the change.
+    """
+
+    rounding: tuple[float, float] | None = None
+
+    def __init__(self, session: Session, path: str, site: Site) -> None:
+        self.session, self.path, self.site = session, path, site
+        self.adapters: dict[str, Adapter] = {}
+        self.merged: tuple[str, ...] = ()
+        # What a file calls the host.
+        self.in_file = path
+        host = host_class(site.module)
+        # The fused kernels stand for nn.Linear's own forward and for nothing that overrides it.
+        self.plain = type(site) is Linear and host.forward is nn.Linear.forward and (site.store.dense or site.store.in_formulas)
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    def here(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(n for n in names if n in self.adapters)
+
+    def inner(self, call: Callable[..., Tensor], bare: bool, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Inner:
+        """The layer without adapters.
+
+        Args:
+            call: the host's forward.
+            bare: nothing is around that forward, so that a kernel may stand for it.
+            args, kwargs: what it takes beside its input.
+        """
+        further = bool(args or kwargs)
+        site = self.site.bound(args, kwargs or {}) if further else self.site
+        if site.kept is not None:
+            return Inner(site, lambda x: site.apply(x, *site.read()), site.read, bias=site.bias)
+        dense = None
+        if bare and self.plain and not further:
+            # A parametrization has no such parameter and computes its weight.
+            weight = site.module._parameters.get("weight")
+            if type(weight) is nn.Parameter or type(weight) is Tensor or site.store.in_formulas:
+                dense = weight, site.module._parameters["bias"]
+        if dense is None and not site.store.dense and not further and multiplies(site):
+            return self._restoring(site, call, bare)
+        if not further:
+            return Inner(site, call, site.read, dense, site.bias)
+        return Inner(site, lambda x: call(x, *args, **(kwargs or {})), site.read, dense, site.bias, (args, kwargs or {}))
+
+    def _restoring(self, site: Site, call: Callable[..., Tensor], bare: bool) -> Inner:
+        """A quantised linear layer without adapters. Its weight is restored when it is asked for, and again on the way back."""
+        bias, held = site.bias(), site.store.held(site.module, site.name)
+
+        def restore() -> Tensor:
+            return site.matrix(site.store.read_tensor(held))
+
+        frozen = bias is None or not bias.requires_grad
+        exact = bare and frozen and type(site) is Linear and site.store.exact(site.module)
+        host = (lambda x: frozen_linear(x, call, restore)) if frozen else call
+        return Inner(site, host, site.read, bias=site.bias, stored=(restore, bias) if exact else None)
+
+    def forward(self, call: Callable[..., Tensor], bare: bool, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The adapted layer on ``x``, for whoever is active here and now."""
+        names, rows = self.session.choice()
+        if rows is None:
+            return self.stacked(call, bare, names, x, args, kwargs)
+        from .mixed import mixed
+
+        groups = grouped(rows, frozenset(self.adapters))
+        if len(groups) == 1 or self.merged:
+            return by_rows(self.session, rows, lambda names, x, *a, **k: self.stacked(call, bare, names, x, a, k), (x, *args), kwargs)
+        return mixed(self, call, len(rows), groups, x, args, kwargs)
+
+    def stacked(
+        self, call: Callable[..., Tensor], bare: bool, names: Sequence[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The layer under these adapters, one after another."""
+        names = self.here(names)
+        if names == self.merged:
+            return call(x, *args, **kwargs)
+        inner = self.inner(call, bare, args, kwargs)
+        for name in names:
+            inner = inner.then(self.adapters[name])
+        restores = not self.site.store.dense and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if restores and any(reads_weight(self.adapters[name]) for name in names):
+            # What is made of a restored weight is made again on the way back.
+            return checkpoint(inner, x, use_reentrant=False)
+        return inner(x)
+
+    def fold(self, names: Sequence[str], dropping: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Weight ``(*batch, out, in)`` and bias with these adapters in them, in full precision.
+
+        Args:
+            dropping: leave out what the methods' dropout leaves out in training.
+
+        Raises:
+            TypeError: a method is no function of the weight; the message says why.
+        """
+        for name in self.here(names):
+            if self.adapters[name].method.unmergeable:
+                raise TypeError(self.adapters[name].method.unmergeable)
+        w, b = self.site.read()
+        w, b = full(w), None if b is None else full(b)
+        for name in self.here(names):
+            p = self.adapters[name]
+            new, b = folded(p, w, biased(p, b))
+            w = w + p.method.thinned(p, new - w) if dropping and p.training and isinstance(p.method, Additive) else new
+        return w, b
+
+    def value(self, name: str) -> Tensor | None:
+        """What a host that reads its weight or bias finds there."""
+        stored = self.site.module._parameters.get(name)
+        names = self.here(self.session.choice().names)
+        if names == self.merged:
+            return stored
+        memory = None if torch.compiler.is_compiling() else read_now.get()
+        key = (id(self), name, names)
+        if memory is not None and key in memory:
+            return memory[key]
+        w, b = self.fold(names, dropping=True)
+        found = {self.site.name: self.site.raw(w).to(self.site.dtype)}
+        if self.site.bias_name is not None and b is not None:
+            found[self.site.bias_name] = b.to(self.site.dtype)
+        if memory is not None:
+            memory |= {(id(self), k, names): v for k, v in found.items()}
+        return found.get(name)
+
+    def merge(self, names: Sequence[str], check: bool = False) -> None:
+        """Put adapters into the weight; from the host's own weight, however often it is done.
+
+        Raises:
+            TypeError: a method is no function of the weight; the message says why.
+            ValueError: ``check`` is set and the result is not finite. The host is as it was.
+        """
+        names = self.here(names)
+        if names == self.merged or not names:
+            return
+        with torch.no_grad():
+            w, b = self.fold(names)
+        if check and not (w.isfinite().all() and (b is None or b.isfinite().all())):
+            raise ValueError(f"Merging {', '.join(names)} gives weights of {self.path!r} that are not finite; the adapter seems broken.")
+        before = None if self.site.store.dense else self.site.read()[0]
+        self.site.replace(w, b)
+        self.merged = names
+        if before is not None:
+            self.rounding = _lost(w, before, self.site.matrix(self.site.store.read(self.site.module, self.site.name)))
+
+    def unmerge(self) -> None:
+        """Put the host's own tensors back."""
+        self.site.restore()
+        self.merged, self.rounding = (), None
+
+    def set_strength(self, name: str, strength: float) -> None:
+        """Set how much of an adapter acts, also of one that is merged."""
+        self.adapters[name].strength = float(strength)
+        if name in self.merged:
+            names = self.merged
+            self.unmerge()
+            self.merge(names)
+
+    def settle(self) -> None:
+        """Make what is merged the host's own."""
+        self.site.kept, self.merged = None, ()
+
+
+def _lost(wanted: Tensor, before: Tensor, now: Tensor) -> tuple[float, float]:
+    """What rounding took, as a share of a weight, and as one of its change."""
+    error, change = (full(now) - wanted).norm(), (wanted - full(before)).norm()
+    return (error / wanted.norm().clamp(min=1e-30)).item(), (error / change.clamp(min=1e-30)).item()
+
+
+def multiplies(site: Site) -> bool:
+    """Whether the host multiplies the last axis of its input by the matrix."""
+    return isinstance(site, (Linear, TransposedLinear)) and not isinstance(site, Embedding)
+
+
+class _Asked(Exception):
+    """A method has asked for the weight."""
+
+
+def reads_weight(p: Adapter) -> bool:
+    """Whether the adapter's forward on a linear layer asks for the layer's weight. It is tried out, once for each mode."""
+    known = p.__dict__.setdefault("_reads_weight", {})
+    mode = p.training, p.strength == 1
+    if mode not in known:
+        known[mode] = _tried(p)
+    return known[mode]
+
+
+def _tried(p: Adapter) -> bool:
+    site = p.site
+
+    def asked(*_: Any) -> Any:
+        raise _Asked
+
+    def call(x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], site.size("out"))
+
+    if not multiplies(site):
+        return True
+    x = torch.zeros(2, site.size("in"), device=site.device, dtype=site.dtype)
+    devices = [site.device] if site.device.type == "cuda" else []
+    vars(site)["read"] = asked
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            Inner(site, call, asked, bias=site.bias).then(p)(x)
+    except Exception:
+        # Also what cannot be tried out may read it.
+        return True
+    finally:
+        del vars(site)["read"]
+    return False
+
+
+def host_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has, or had before adapters were set into it."""
+    return getattr(type(module), "_host", type(module))
