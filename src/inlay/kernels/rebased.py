@@ -51,9 +51,13 @@ class _LinearPlusRebased(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, u, v, start, places, lengths, entries = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            raise NotImplementedError("A second derivative of a layer in its basis is not there; take few rows at a time.")
         scale, left = ctx.scale, rows_of(g, g.dtype) @ u
+        if torch.is_grad_enabled():
+            # Gradients that are differentiated themselves are written as autograd can follow them.
+            sparse = torch.zeros_like(v, dtype=entries.dtype).index_put((places[0], places[1]), entries, accumulate=True)
+            changed, right = torch.diag(torch.lerp(start, lengths, scale)) + sparse * scale, rows_of(x, x.dtype) @ v
+            wanted = left.t() @ right * scale
+            return (left @ changed @ v.t()).view(x.shape), *(None,) * 8, wanted.diagonal(), wanted[places[0], places[1]]
         dx = dlengths = dentries = None
         if ctx.needs_input_grad[0]:
             inner = left * torch.lerp(start, lengths, scale)
