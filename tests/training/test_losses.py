@@ -20,7 +20,7 @@ def losses(folder: Path, *words: str) -> list[float]:
     """Of every step of a training on the tiny model."""
     command = ["train", "rows.jsonl", "--model", "model", "--output", "run", "--overwrite", "--val-fraction", "0", "--samples", "0"]
     finished = subprocess.run(
-        [sys.executable, "-m", "inlay", *command, "--max-steps", "2", "--lr", "1e-9", *words],
+        [sys.executable, "-m", "inlay", *command, *(() if "--epochs" in words else ("--max-steps", "2")), "--lr", "1e-9", *words],
         cwd=folder, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
@@ -56,3 +56,9 @@ def test_cpt_trains_on_its_own_loss(folder: Path) -> None:
     found = losses(folder, *words)
     assert len(found) == 2
     assert all(0 < loss < 20 for loss in found)
+
+
+def test_adalora_is_told_the_steps_of_the_run(folder: Path) -> None:
+    """8 rows in batches of 3, two of them a step, for three epochs."""
+    found = losses(folder, "--method", "adalora", "--batch-size", "3", "--grad-accum", "2", "--epochs", "3")
+    assert json.loads((folder / "run" / "adapter_config.json").read_text())["total_step"] == len(found) == 6

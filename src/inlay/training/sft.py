@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -9,8 +10,8 @@ import platform
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ VALIDATION_ROWS_SCORED = 500  # for the comparison in the report; the validation
 PACKAGES = ("inlay", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RunResult:
     """What a run left behind; ``record`` is the content of run.json."""
 
@@ -68,7 +69,7 @@ def train(settings: RunSettings, listener: Listener | None = None, command: Sequ
         if settings.val
         else data.split(rows.samples, settings.val_fraction, settings.seed)
     )
-    config = adapters.build_config(settings.method, settings.adapter | _seed(settings))
+    config = adapters.build_config(settings.method, _schedule(settings, len(training)) | settings.adapter | _seed(settings))
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every run to the hub otherwise
     adapters.serve_peft()
 
@@ -82,6 +83,9 @@ def train(settings: RunSettings, listener: Listener | None = None, command: Sequ
         raise InputError(
             f"DATA {settings.data}: no answer token is left within {max_length} tokens; raise --max-length or cut the prompts."
         )
+    # Rows without an answer are gone now, so the steps are known.
+    if schedule := _schedule(settings, len(train_set.rows)):
+        config = dataclasses.replace(config, **schedule)
     facts = {
         "path": str(settings.data.resolve()),
         "sha256": rows.sha256,
@@ -307,6 +311,15 @@ def _dataset(rows: list[masking.Encoded]) -> Any:
 def _seed(settings: RunSettings) -> dict[str, int]:
     """The run's seed for an adapter config that has one of its own."""
     return {"seed": settings.seed} if "seed" in adapters.config_fields(settings.method) else {}
+
+
+def _schedule(settings: RunSettings, rows: int) -> dict[str, int]:
+    """The optimizer steps of the run, for an adapter config that plans with them and has not been told."""
+    if "total_step" in settings.adapter or "total_step" not in adapters.config_fields(settings.method):
+        return {}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    an_epoch = ceil(ceil(rows / (settings.batch_size * processes)) / settings.grad_accum)
+    return {"total_step": settings.max_steps or ceil(settings.epochs * an_epoch)}
 
 
 def _absolute_paths(settings: RunSettings) -> dict[str, Path]:
