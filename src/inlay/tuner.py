@@ -186,9 +186,9 @@ class BaseTuner(nn.Module):
             raise ValueError(f"base={base!r} is not one of {', '.join(map(repr, BASES))}.{nearest(base, BASES)}")
         session = self.session
         if base != "requantized":
-            from .initializers.loftq import weights_on_disk
+            from .operations.original import original_weights
 
-            read = weights_on_disk(self.model, original) if base == "original" else None
+            read = original_weights(self.model, original) if base == "original" else None
             return merge_dense(self.model, session, adapter_names, safe_merge, read, out_dtype)
         merging.unmerge(self.model)
         merging.merge(self.model, session, adapter_names, safe_merge)

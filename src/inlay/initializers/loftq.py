@@ -7,12 +7,10 @@ the weights on disk.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +20,7 @@ from torch.nn import functional as F
 from ..core.method import LowRank, Method, Param, full, zeros
 from ..core.site import Site
 from ..kernels.blockwise import rounded
+from .compensation import compensate, quantised_layers
 from .offset import alive
 from .pissa import pissa
 
@@ -155,80 +154,36 @@ def _revive(method: type[LowRank], state: dict[str, Any]) -> Method:
 @torch.no_grad()
 def replace_lora_weights_loftq(
     peft_model: nn.Module,
-    model_path: str | None = None,
+    model_path: str | os.PathLike[str] | nn.Module | None = None,
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    iterations: int = 1,
 ) -> None:
     """Start the factors of a LoRA adapter on a quantised base from what the quantisation lost.
 
     Args:
         peft_model: a quantised base with the adapter on it, whose values are replaced.
-        model_path: the base's safetensors file, or its folder; where None, what the base was loaded from, on this machine.
+        model_path: the base's safetensors file, or its folder, or the model before quantisation; where None, what the base was loaded
+            from, on this machine.
         callback: asked after each layer, with the model and the layer's name, whether to keep the new factors.
+        iterations: beyond 1, the base is quantised again, too, in turn with the factors. It is another base then, which has to be
+            saved along with the adapter.
 
     Raises:
-        ValueError: no adapted layer is quantised, or the file is not found or lacks a weight.
+        ValueError: no adapted layer is quantised, the file is not found or lacks a weight, or the adapter has no factors A and B.
     """
-    from ..core.adapter import Adapter
-    from ..core.inlaid import places
-    from ..core.place import Place
     from ..core.targets import bare_model
+    from ..operations.original import original_weights
 
     base = bare_model(peft_model)
-    found = [
-        (place, p)
-        for place in places(base)
-        if isinstance(place, Place) and not place.site.store.dense and isinstance(p := place.adapters.get(adapter_name), Adapter)
-    ]
-    if not found:
-        raise ValueError(f"No layer of adapter {adapter_name!r} is quantised; `init_lora_weights='loftq'` is for a base that is not.")
-    read = weights_on_disk(base, model_path)
+    found = quantised_layers(base, adapter_name)
+    read = original_weights(base, model_path)
     for place, p in found:
-        method: Any = p.method
-        a, b = (getattr(p, name) for name in method.names(p.site))
-        before = a.detach().clone(), b.detach().clone()
-        stored = full(p.site.read()[0])
-        lost = p.site.matrix(read(f"{place.path}.{p.site.name}")).to(stored) - stored
-        for old, new in zip((a, b), alive(*pissa(lost, a.shape[-2], method.scaling), a.shape[-2], method.scaling), strict=True):
-            old.copy_(new)
+        before, held = {n: t.detach().clone() for n, t in p.named_parameters()}, p.site.store.held(p.site.module, p.site.name)
+        compensate(place, p, read(f"{place.path}.{p.site.name}"), iterations=iterations)
         if callback is not None and not callback(peft_model, place.path):
-            a.copy_(before[0])
-            b.copy_(before[1])
-
-
-def weights_on_disk(base: nn.Module, path: str | None) -> Callable[[str], Tensor]:
-    """Reads one tensor of a base at a time, by its name in the model."""
-    from safetensors import safe_open
-
-    if path is None:
-        path = _downloaded(getattr(base, "name_or_path", ""))
-    index = Path(path) / "model.safetensors.index.json"
-    single = Path(path) if os.path.isfile(path) else Path(path) / "model.safetensors"
-    if single.is_file():
-        with safe_open(single, framework="pt") as file:
-            files = dict.fromkeys(file.keys(), single)
-    elif index.is_file():
-        files = {key: Path(path) / name for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    else:
-        raise ValueError(f"There is no model.safetensors (nor an index of one) at {str(path)!r}; pass the base's folder as `model_path`.")
-
-    def read(name: str) -> Tensor:
-        prefix = f"{getattr(base, 'base_model_prefix', '')}."
-        key = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in files), None)
-        if key is None:
-            raise ValueError(f"{path} has no weight {name!r}; is it the same model?")
-        with safe_open(files[key], framework="pt") as file:
-            return file.get_tensor(key)
-
-    return read
-
-
-def _downloaded(name: str) -> str:
-    if os.path.isdir(name):
-        return name
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(name, local_files_only=True)
-    except Exception as error:
-        raise ValueError(f"The weights of {name!r} are not on this machine ({error}); pass the base's folder as `model_path`.") from error
+            for name, t in p.named_parameters():
+                t.copy_(before[name])
+            if iterations > 1:
+                p.site.store.put(p.site.module, p.site.name, held)

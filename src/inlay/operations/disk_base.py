@@ -265,3 +265,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     if quantisation:
         raise ValueError(quantised(folder, str(quantisation.get("quant_method", "see quantization_config in its config.json"))))
     return plain
+
+
+def base_on_disk(folder: Path, files: Files) -> DiskBase:
+    """The model of a folder, of the class that its configuration names.
+
+    Raises:
+        ValueError: the folder cannot be read, or its model is quantised.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    read_config(folder)
+    checkpoint = Checkpoint.open(folder)
+    try:
+        config: Any = AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: its config.json cannot be read: {' '.join(str(error).split())}") from error
+    cls: Any = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
+    with torch.device("meta"):
+        model = cls.from_config(config) if cls.__name__.startswith("Auto") else cls._from_config(config)
+    return DiskBase(checkpoint, model, files)

@@ -15,10 +15,10 @@ from ..core.plan import Plan
 from ..core.site import Site
 from ..core.targets import base_modules, site_at
 from ..formats.state import PREFIX, key_in_file, slots_of_parts
-from ..formats.streaming import Checkpoint, Files
+from ..formats.streaming import Files
 from ..methods.lora import LoraConfig
 from .convert import Converted
-from .disk_base import DiskBase, read_config
+from .disk_base import DiskBase, base_on_disk
 from .updates import Effect, Update, config_for, cut, nothing, put
 
 
@@ -70,24 +70,8 @@ def extract(
         ValueError: a folder cannot be read, the models are of different shapes, or they are the same.
     """
     with Files() as files:
-        one, other = _open(base, files), _open(tuned, files)
+        one, other = base_on_disk(base, files), base_on_disk(tuned, files)
         return _Extractor(one, other, rank, retrain_others).run(progress)
-
-
-def _open(folder: Path, files: Files) -> DiskBase:
-    import transformers
-    from transformers import AutoConfig
-
-    read_config(folder)
-    checkpoint = Checkpoint.open(folder)
-    try:
-        config: Any = AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: its config.json cannot be read: {' '.join(str(error).split())}") from error
-    cls: Any = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
-    with torch.device("meta"):
-        model = cls.from_config(config) if cls.__name__.startswith("Auto") else cls._from_config(config)
-    return DiskBase(checkpoint, model, files)
 
 
 class _Extractor:
