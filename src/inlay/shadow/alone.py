@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from ..methods.shadow import Shadow
+    from .network import Shadow
 
 
 def alone(bank: Shadow, copy: bool) -> nn.Module:
@@ -23,7 +23,7 @@ def alone(bank: Shadow, copy: bool) -> nn.Module:
     Raises:
         ValueError: the shadow reads no tokens.
     """
-    from ..methods.shadow import reads_embeddings, set_embeddings
+    from .base import reads_embeddings, set_embeddings
 
     if not reads_embeddings(bank.shadow_backbone):
         raise ValueError("This shadow sees one hidden state at a time and reads no tokens, so it is no model without its base.")
@@ -43,7 +43,7 @@ def _class() -> type[nn.Module]:
     from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 
-    from ..methods.shadow import classified, last_token
+    from .network import classified, last_token
 
     class DetachedShadowModel(PreTrainedModel, GenerationMixin):
         """A backbone, a projection and a head.
