@@ -30,6 +30,7 @@ from .functions import get_peft_config as get_peft_config
 from .functions import get_peft_model as get_peft_model
 from .functions import inject_adapter_in_model as inject_adapter_in_model
 from .functions import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from .initializers.cloq import initialize_lora_cloq_weights as initialize_lora_cloq_weights
 from .initializers.corda import CordaConfig as CordaConfig
 from .initializers.corda import preprocess_corda as preprocess_corda
 from .initializers.eva import EvaConfig as EvaConfig
