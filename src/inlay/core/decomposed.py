@@ -5,13 +5,13 @@ Liu et al. 2024 (arXiv 2402.09353) do so for LoRA. ``|V|`` counts as a constant 
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .method import Additive, Method, Param, full, zeros
+from .mixins import mixed_in
 from .site import Embedding, Site
 
 if TYPE_CHECKING:
@@ -59,17 +59,8 @@ class Decomposed(Additive):
         bias = bias_v if extra is None else (full(extra) + (0 if bias is None else bias))
         return (y * gain + site.rows(bias) * (1 - gain)).to(y.dtype)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _revive, (type(self).__mro__[2], self.__dict__)
 
-
-@cache
 def decomposed(method: type[Additive]) -> type[Additive]:
     """The class of a method's decomposed form."""
-    return type(f"Decomposed{method.__name__}", (Decomposed, method), {"__module__": method.__module__})
+    return mixed_in(Decomposed, method)
 
-
-def _revive(method: type[Additive], state: dict[str, Any]) -> Method:
-    made = object.__new__(decomposed(method))
-    made.__dict__.update(state)
-    return made

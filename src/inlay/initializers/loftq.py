@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.method import LowRank, Method, Param, full, zeros
+from ..core.mixins import mixed_in
 from ..core.site import Site
 from ..kernels.blockwise import rounded
 from .compensation import compensate, quantised_layers
@@ -69,6 +69,11 @@ class Loftq(LowRank):
     if TYPE_CHECKING:
 
         def names(self, site: Site) -> tuple[str, str]: ...
+
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        if self.r != small.method.r and LoftQConfig(**self.loftq_config).loftq_iter > 1:  # type: ignore[attr-defined]
+            raise ValueError("from two rounds of LoftQ on the rounded weight beneath the update is another one for each rank")
+        return super().padded(p, small)
 
     def refuses(self, site: Site) -> str | None:
         if not site.store.dense:
@@ -134,20 +139,10 @@ class Loftq(LowRank):
         dense = (p.lora_base, inner.dense[1]) if inner.dense is not None else None
         return super().around(p, Inner(site, call, params, dense, inner.bias, (inner.args, inner.kwargs)), x)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _revive, (type(self).__mro__[2], self.__dict__)
 
-
-@cache
 def loftq(method: type[LowRank]) -> type[LowRank]:
     """The class of a low-rank method over a rounded weight."""
-    return type(f"Loftq{method.__name__}", (Loftq, method), {"__module__": method.__module__})
-
-
-def _revive(method: type[LowRank], state: dict[str, Any]) -> Method:
-    made = object.__new__(loftq(method))
-    made.__dict__.update(state)
-    return made
+    return mixed_in(Loftq, method)
 
 
 # ---- on a quantised base -------------------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..core.method import LowRank, Method, Param, zeros
+from ..core.method import LowRank, Param, zeros
+from ..core.mixins import mixed_in
 from ..core.site import Site
 from .svd import precise, singular_vectors
 
@@ -56,17 +56,8 @@ class Mica(LowRank):
         kept.copy_(minor_directions(p.site.read()[0].detach(), kept.shape[-1]))
         super().start(p)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _revive, (type(self).__mro__[2], self.__dict__)
 
-
-@cache
 def mica(method: type[LowRank]) -> type[LowRank]:
     """The class of a low-rank method that trains behind the weight's minor directions."""
-    return type(f"Mica{method.__name__}", (Mica, method), {"__module__": method.__module__})
+    return mixed_in(Mica, method)
 
-
-def _revive(method: type[LowRank], state: dict[str, Any]) -> Method:
-    made = object.__new__(mica(method))
-    made.__dict__.update(state)
-    return made

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..core.method import LowRank, Method, Param, generator_for, kaiming_uniform, zeros
+from ..core.mixins import mixed_in
 from ..core.site import Site
 
 if TYPE_CHECKING:
@@ -84,6 +84,16 @@ class Offset(LowRank):
         getattr(p, b).data.copy_(p.lora_B_start)
         super().start(p)
 
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        """Beyond the smaller rank stands the start, which is taken off again."""
+        values, (a, b) = super().padded(p, small), self.names(p.site)
+        r = getattr(small, a).shape[-2]
+        for name, start in ((a, p.lora_A_start), (b, p.lora_B_start.mT)):
+            if not self.starter.from_data:
+                value = values[name] if name == a else values[name].mT
+                value[..., r:, :] = start[..., r:, :]
+        return values
+
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         a, b = super().factors(p)
         return torch.cat((a, a - p.lora_A_start), -2), torch.cat((b - p.lora_B_start, p.lora_B_start), -1)
@@ -91,20 +101,11 @@ class Offset(LowRank):
     def trained(self, p: Adapter) -> tuple[Tensor, Tensor]:
         return super().factors(p)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _revive, (type(self).__mro__[2], self.__dict__)
 
-
-@cache
 def offset(method: type[LowRank]) -> type[LowRank]:
     """The class of a low-rank method that starts from factors whose product is not zero."""
-    return type(f"Offset{method.__name__}", (Offset, method), {"__module__": method.__module__})
+    return mixed_in(Offset, method)
 
-
-def _revive(method: type[LowRank], state: dict[str, Any]) -> Method:
-    made = object.__new__(offset(method))
-    made.__dict__.update(state)
-    return made
 
 
 def unknown_start(init: str, path: str) -> str:
