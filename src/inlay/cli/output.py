@@ -67,7 +67,7 @@ def hush() -> None:
     import warnings
 
     warnings.filterwarnings("ignore")
-    for name in ("transformers", "trl", "accelerate", "datasets", "huggingface_hub", "torch"):
+    for name in ("transformers", "trl", "accelerate", "datasets", "huggingface_hub", "torch", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

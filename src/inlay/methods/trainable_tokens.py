@@ -52,6 +52,8 @@ class TrainableTokensConfig(Method):
         return True
 
     def prepare(self, base: nn.Module) -> None:
+        if not self.token_indices and not self.as_part:
+            raise ValueError("token_indices is empty: name the tokens to retrain, such as token_indices=[5, 6].")
         if self.target_modules is None:
             embedding = getattr(base, "get_input_embeddings", lambda: None)()
             self.target_modules = {next((path for path, m in base.named_modules() if m is embedding), "embed_tokens")}

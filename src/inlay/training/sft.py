@@ -390,19 +390,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def quiet_libraries() -> None:
-    """One voice on the terminal: the libraries below speak up only when something breaks. Comes before their import."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore")
-    for name in ("transformers", "trl", "accelerate", "datasets", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace the file in one go, so that a reader never sees half of it."""
     part = path.with_suffix(path.suffix + ".part")
