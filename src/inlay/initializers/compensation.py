@@ -128,7 +128,7 @@ def _free(p: Adapter) -> tuple[str, str]:
         raise ValueError(_others(p))
     a, b = names(p.site)
     shape = (*getattr(p, b).shape[:-1], getattr(p, a).shape[-1])
-    if shape != p.site.shape:
+    if shape != p.site.shape or not (p.declared[a].trainable and p.declared[b].trainable):
         raise ValueError(_others(p))
     return a, b
 

@@ -30,6 +30,9 @@ def original_weights(base: nn.Module, original: Original = None) -> Read:
     if isinstance(original, nn.Module):
         return lambda name: _parameter(original, name)
     path = Path(_downloaded(getattr(base, "name_or_path", "")) if original is None else original)
+    if path.name == WEIGHTS and not path.exists():
+        # HF's way to name a model in shards.
+        path = path.parent
     if path.is_file():
         folder, tensors = path.parent, read_header(path)[0]
     elif (path / WEIGHTS).is_file() or (path / f"{WEIGHTS}.index.json").is_file():
