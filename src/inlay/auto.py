@@ -22,7 +22,7 @@ from .model import (
 # Libraries whose classes an adapter's file may name as its base; nothing else is ever imported because a file asks for it.
 TRUSTED_LIBRARIES = ("transformers", "diffusers", "sentence_transformers")
 
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -84,7 +84,7 @@ class AutoPeftModel:
 
 def _base_class(task: str | None, config: PeftConfig) -> Any:
     if task is not None:
-        return getattr(importlib.import_module("transformers"), _AUTO_CLASSES[task])
+        return getattr(importlib.import_module("transformers"), AUTO_CLASSES[task])
     mapping = config.auto_mapping or {}
     library, name = str(mapping.get("parent_library", "")), str(mapping.get("base_model_class", ""))
     if library.partition(".")[0] not in TRUSTED_LIBRARIES or not name.isidentifier():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..auto import _AUTO_CLASSES
+from ..auto import AUTO_CLASSES
 from ..core.adapter import Adapter
 from ..core.attach import attach
 from ..core.config import PeftConfig
@@ -241,7 +241,7 @@ class StreamMerge:
         mapping = next((c.auto_mapping for c in configs if c.auto_mapping), None) or {}
         named = str(mapping.get("base_model_class")) if str(mapping.get("parent_library")).startswith("transformers") else own
         if task not in (None, "CAUSAL_LM"):
-            named = _AUTO_CLASSES[str(task)]
+            named = AUTO_CLASSES[str(task)]
         cls: Any = getattr(transformers, own if task == "CAUSAL_LM" else named, None)
         cls = cls or (transformers.AutoModelForCausalLM if task == "CAUSAL_LM" else transformers.AutoModel)
         self.model_class = cls
