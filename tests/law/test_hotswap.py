@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from torch._dynamo.testing import CompileCounter
 import inlay
 from inlay.compat.hotswap import hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from inlay.core.inlaid import session_of
+from inlay.core.targets import explain_targets
 
-from .cases import CASES, METHOD_CASES
+from .cases import CASES, METHOD_CASES, SELECTED
 from .layouts import Layout
-from .support import BY_NAME, REFUSED, acting, adapted, adapter_places, adapters, close, differs, jitter, over
+from .support import BY_NAME, REFUSED, acting, adapted, adapter_places, adapters, close, config_of, differs, jitter, over
 
 
 def another(case: str, layout: Layout, **options: Any) -> nn.Module:
@@ -69,35 +71,114 @@ def test_nothing_is_compiled_again(case: str) -> None:
     assert counter.frame_count == frames
 
 
-# What a larger rank means is another map for these: blocks of other sizes, shared vectors and bases, other tensors.
-NOT_PADDED = {"MISS", "BONE", "DEFT", "LOKR", "PSOFT", "RANDLORA", "VBLORA"}
+# The option that is the rank, or stands for it, with a larger and a smaller value; None where the method has none.
+SIZES: dict[str, tuple[str, int, int] | None] = {
+    "ADALORA": ("init_r", 4, 2), "ADAMSS": ("subspace_rank", 2, 1), "FOURIERFT": ("n_frequency", 7, 4), "WAVEFT": ("n_frequency", 7, 4),
+    "TINYLORA": ("r", 3, 1), "OFT": ("oft_block_size", 4, 2), "OFT-count": None, "VBLORA": ("r", 3, 2), "UNILORA": ("r", 3, 2),
+    "BOFT": None, "C3A": None,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [c for c in METHOD_CASES if type(CASES[c][1].get("r")) is int and c != "GRALORA"])
-def test_smaller_ranks_are_padded_or_refused(case: str) -> None:
-    layout = BY_NAME["linear"]
-    if (case, "linear") in REFUSED:
-        assert REFUSED[case, "linear"]
-        return
-    model, new, example = adapted(case, layout, r=2), another(case, layout, r=1), layout.example()
+def sizes(case: str) -> tuple[str, int, int]:
+    return SIZES.get(case) or SIZES.get(case.partition("-")[0]) or ("r", 4, 2)
+
+
+# Why some are not padded, in words of what is said then.
+NOT_PADDED = {
+    **dict.fromkeys(("MISS-bat", "BONE-bat"), "matrix of their own"),
+    **dict.fromkeys(("RANDLORA", "RANDLORA-sparse", "RANDLORA-dropout"), "the fewer bases"),
+    "HRA-gram-schmidt": "orthogonal directions",
+    "LORA-loftq": "two rounds of LoftQ",
+    # Drawn for the rank and in no file.
+    "UNILORA": "unilora_indices_A",
+    "TINYLORA-dropout": "tinylora_P",
+    "VERA-dropout": "vera_A",
+    "PVERA-dropout": "pvera_A",
+    # A randomised decomposition, whose directions depend on how many there are.
+    "PSOFT-dropout": "psoft_A",
+}
+# There is no vector of zeros to make a rank of; the ranks follow from the layers' sizes.
+NOT_GROWN = {"VBLORA": "num_vectors", "VBLORA-dropout": "num_vectors", "WAVEFT-proportional": "No adapter layers"}
+RANKED = [
+    case
+    for case in SELECTED
+    if SIZES.get(case, SIZES.get(case.partition("-")[0], ())) is not None and sizes(case)[0] in CASES[case][0].__dataclass_fields__
+]
+
+
+def pair(case: str, layout: Layout) -> tuple[nn.Module, nn.Module]:
+    """An adapter of a larger rank, and another one of a smaller."""
+    option, large, small = sizes(case)
+    more = {"num_vectors": CASES[case][1]["num_vectors"] + 1} if case.startswith("VBLORA") else {}
+    return adapted(case, layout, **{option: large}, **more), another(case, layout, **{option: small})
+
+
+def fits(case: str, layout: Layout) -> bool:
+    """Whether both ranks can act there."""
+    option, *both = sizes(case)
+    model = layout.model()
+    if case.startswith("OFT") and layout.name not in ("linear", "embedding"):
+        # Four does not divide the widths of the others.
+        return False
+    return all(not explain_targets(model, config_of(case, layout, **{option: size})).refused for size in both)
+
+
+def again(model: nn.Module, layout: Layout) -> nn.Module:
+    """The adapter in a model of its own, from what a file would hold."""
+    session = session_of(model)
+    assert session is not None
+    loaded = inlay.inject_adapter_in_model(copy.deepcopy(session.configs["a"]), layout.model(torch.float64), "a")
+    inlay.set_peft_model_state_dict(loaded, inlay.get_peft_model_state_dict(model, adapter_name="a"), adapter_name="a")
+    return loaded.eval()
+
+
+KINDS = ("linear", "conv2d-groups", "embedding", "experts")
+PADDED = [(case, layout) for case, layout in acting(*KINDS) if case in RANKED and fits(case, layout)]
+
+
+@over(PADDED)
+def test_smaller_ranks_are_padded_or_refused(case: str, layout: Layout) -> None:
+    (model, new), example = pair(case, layout), layout.example()
     before, where = model(*example), memory(model)
     if case in NOT_PADDED:
-        with pytest.raises(ValueError, match="incompatible"):
+        with pytest.raises(ValueError, match=NOT_PADDED[case]):
             swap(model, new)
         assert torch.equal(model(*example), before)
     else:
         swap(model, new)
         close(model(*example), new(*example), 1e-6)
+        close(again(model, layout)(*example), new(*example), 1e-6)
     assert memory(model) == where
 
 
-@pytest.mark.parametrize("case", ["LORA", "LOHA", "PEANUT"])
+@over([(case, layout) for case, layout in PADDED if layout.name in ("linear", "experts")])
+def test_ranks_grow_and_what_they_do_stays(case: str, layout: Layout) -> None:
+    option, large, _ = sizes(case)
+    (_, new), example = pair(case, layout), layout.example()
+    before = new(*example)
+    if reason := NOT_GROWN.get(case, NOT_PADDED.get(case)):
+        with pytest.raises(ValueError, match=reason):
+            prepare_model_for_compiled_hotswap(new, target_rank=large)
+        assert torch.equal(new(*example), before)
+        return
+    prepare_model_for_compiled_hotswap(new, target_rank=large)
+    close(new(*example), before, 1e-6)
+    close(again(new, layout)(*example), before, 1e-6)
+    # As large as what is to come.
+    coming = another(case, layout, **{option: large})
+    where = memory(new)
+    swap(new, coming)
+    close(new(*example), coming(*example), 1e-6)
+    assert memory(new) == where
+
+
+@pytest.mark.parametrize("case", ["LORA", "LOHA", "PEANUT", "VERA", "PSOFT", "LOKR"])
 def test_ranks_that_are_prepared_for(case: str) -> None:
     layout = BY_NAME["linear"]
     model, example, counter = adapted(case, layout, r=1), layout.example(), CompileCounter()
     before = model(*example)
     prepare_model_for_compiled_hotswap(model, target_rank=4)
-    close(model(*example), before)
+    close(model(*example), before, 1e-6)
     session = session_of(model)
     assert session is not None
     assert session.configs["a"].r == 4  # type: ignore[attr-defined]
@@ -119,7 +200,7 @@ def test_what_is_refused_changes_nothing() -> None:
     before = model(*example)
     for new, why in (
         (another("HRA", layout), "Incompatible PEFT types"),
-        (another("OFT", layout, oft_block_size=2), "first"),
+        (another("OFT", layout, use_cayley_neumann=False), "differs in use_cayley_neumann"),
     ):
         with pytest.raises(ValueError, match=why):
             swap(model, new)

@@ -181,6 +181,8 @@ class Method(PeftConfig):
     scales_itself: ClassVar[bool] = False
     # The patterns that stand for one field each: {"rank_pattern": "r"}.
     patterns: ClassVar[dict[str, str]] = {}
+    # The option that says how large the tensors are. An adapter can take the place of a larger one, see `padded`.
+    size_option: ClassVar[str] = "r"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -300,6 +302,25 @@ class Method(PeftConfig):
         from .targets import DEFAULT_TARGETS
 
         return DEFAULT_TARGETS
+
+    # -- in the place of a larger adapter --
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        """Values for ``p`` under which it does what ``small`` does, an adapter of the same method and of no larger rank. What is
+        in no file stays as it is. Whoever calls this sees to a factor in front of the update, and to whether it is right.
+
+        Raises:
+            ValueError: there are none, for a reason of the mathematics.
+        """
+        if set(p.declared) != set(small.declared):
+            raise ValueError(f"one of them consists of {', '.join(sorted(p.declared))}, the other of {', '.join(sorted(small.declared))}")
+        return {name: padded(getattr(small, name), getattr(p, name).shape) for name, param in p.declared.items() if param.persistent}
+
+    def padded_shared(self, shared: nn.Module, small: nn.Module) -> dict[str, Tensor]:
+        """The same for what the layers share, by name."""
+        found = small.state_dict()
+        if found.keys() != shared.state_dict().keys():
+            raise ValueError("what the layers share has other parts")
+        return {name: padded(found[name], tensor.shape) for name, tensor in shared.state_dict().items()}
 
     # -- in training --
     def given(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -479,6 +500,24 @@ class LowRank(Additive):
         if extra is not None:
             y = add(y, inner.site.rows(extra), p.strength)
         return add(y, inner.site.up(inner.site.down(x, a), b), scale)
+
+
+def padded(tensor: Tensor, shape: Sequence[int], parts: int = 1, axis: int = -1) -> Tensor:
+    """A tensor in a corner of zeros of another shape; or its parts along an axis, each in the corner of its own.
+
+    Raises:
+        ValueError: it is larger.
+    """
+    if parts > 1:
+        whole = list(shape)
+        axis = axis % len(whole)
+        within = [*whole[:axis], parts, whole[axis] // parts, *whole[axis + 1 :]]
+        return padded(tensor.unflatten(axis, (parts, -1)), within).flatten(axis, axis + 1)
+    if tensor.ndim != len(shape) or any(a > b for a, b in zip(tensor.shape, shape, strict=True)):
+        raise ValueError(f"{tuple(tensor.shape)} does not go into {tuple(shape)}")
+    found = tensor.new_zeros(tuple(shape))
+    found[tuple(slice(n) for n in tensor.shape)] = tensor.detach()
+    return found
 
 
 def meet(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
-from ..core.config import PeftType
+from ..core.config import PeftConfig, PeftType
 from ..core.method import Additive, Init, LowRank, Method, Param, normal, register, zeros
 from ..core.site import Site
 from .lora import LoraConfig
@@ -52,14 +52,17 @@ class Ranked(Param):
     axis: int = -1
 
     def to_file(self, site: Site, tensor: Tensor) -> Tensor:
-        mask = self.method.mask
-        if mask is None:
-            return tensor
-        kept = [i for i, keep in enumerate(mask) if keep]
-        return tensor.index_select(self.axis, torch.tensor(kept, dtype=torch.long, device=tensor.device))
+        return tensor if self.method.mask is None else tensor.index_select(self.axis, self._kept(tensor))
 
     def from_file(self, site: Site, tensor: Tensor) -> Tensor:
-        return tensor
+        if self.method.mask is None:
+            return tensor
+        sizes = list(tensor.shape)
+        sizes[self.axis] = len(self.method.mask)
+        return tensor.new_zeros(sizes).index_copy(self.axis, self._kept(tensor), tensor)
+
+    def _kept(self, like: Tensor) -> Tensor:
+        return torch.tensor([i for i, keep in enumerate(self.method.mask) if keep], dtype=torch.long, device=like.device)
 
 
 @register
@@ -103,6 +106,8 @@ class AdaLoraConfig(LoraConfig):
         "dora": {"init_r": 4, "total_step": 10, "use_dora": True},
     }
     patterns: ClassVar[dict[str, str]] = {"alpha_pattern": "lora_alpha"}
+    size_option: ClassVar[str] = "init_r"
+    behind_scale: ClassVar[tuple[str, ...]] = ("lora_E",)
     on_model: ClassVar[tuple[str, ...]] = ("update_and_allocate",)
     # Of one layer: which of its ranks are in the budget, and which of the first ranks they are, where a file had not all of them.
     mask: ClassVar[list[bool] | None] = None
@@ -152,7 +157,7 @@ class AdaLoraConfig(LoraConfig):
 
     def at(self, path: str) -> Method:
         method = copy.copy(LowRank.at(self, path))
-        mask = next((v for k, v in (self.rank_pattern or {}).items() if _layer_of(k) == path), None)
+        mask = self._kept_in_file(path)
         if mask is not None:
             method.ranks = [i for i, keep in enumerate(mask) if keep]  # type: ignore[misc]
         return method
@@ -189,6 +194,25 @@ class AdaLoraConfig(LoraConfig):
             return self.mask
         left = {rank for rank, keep in zip(self.ranks, self.mask, strict=True) if keep}
         return [i in left for i in range(self.init_r)]
+
+    def _kept_in_file(self, path: str) -> list[bool] | None:
+        return next((v for k, v in (self.rank_pattern or {}).items() if _layer_of(k) == path), None)
+
+    def refilled(self, adapters: Sequence[Adapter], saved: PeftConfig) -> Callable[[], None]:
+        """A file has the ranks that were in the budget when it was written, not those that are in it now."""
+        before = self.rank_pattern, [p.method.mask for p in adapters]  # type: ignore[attr-defined]
+
+        def put(pattern: dict[str, Any] | None, masks: Sequence[list[bool] | None]) -> None:
+            self.rank_pattern = pattern
+            for p, mask in zip(adapters, masks, strict=True):
+                p.method.mask = mask  # type: ignore[attr-defined]
+
+        masks: list[list[bool] | None] = []
+        for p in adapters:
+            mask, ranks = saved._kept_in_file(p.path), p.method.ranks  # type: ignore[attr-defined]
+            masks.append(mask if mask is None or ranks is None else [mask[i] for i in ranks])
+        put(saved.rank_pattern, masks)  # type: ignore[attr-defined]
+        return lambda: put(*before)
 
     # -- in training --
     def penalty(self, adapters: Sequence[Adapter]) -> Tensor | None:

@@ -83,6 +83,7 @@ class AdamssConfig(LowRank):
     equation: ClassVar[str] = "W_i + B_i A_i V' for each group i of rows, with V from the SVD of W"
     count_formula: ClassVar[str] = "subspace_rank·(out + r·num_subspaces)"
     on_model: ClassVar[tuple[str, ...]] = ("update_and_allocate",)
+    size_option: ClassVar[str] = "subspace_rank"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"r": 4, "num_subspaces": 1, "subspace_rank": 2},
         "dynamic": {"r": 5, "num_subspaces": 1, "subspace_rank": 3, "use_dynamic_rank": True},

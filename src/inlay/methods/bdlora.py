@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..core.method import Method, Param
+from ..core.method import Method, Param, padded
 from ..core.site import Site
 from .dora import Dora
 from .lora import LoraConfig
@@ -86,6 +86,15 @@ class BdLora(LoraConfig):
         elif self.sides == "b":
             declared[b] = self._in_b(site, int(declared[b].axes[1]) // blocks)
         return declared
+
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        """The ranks of each block grow by themselves."""
+        values, (a, b), blocks = super().padded(p, small), self.names(p.site), self.use_bdlora.nblocks
+        if self.sides:
+            values[a] = padded(getattr(small, a), values[a].shape, blocks, -2)
+        if self.sides == "a":
+            values[b] = padded(getattr(small, b) * (small.method.scaling * small.strength / self.scaling), values[b].shape, blocks)  # type: ignore[attr-defined]
+        return values
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         a, b = super().factors(p)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..core.config import PeftType, nearest
 from ..core.families import in_full_precision
-from ..core.method import Method, Param, add, full, meet, normal, register
+from ..core.method import Method, Param, add, full, generator_for, meet, normal, register
 from ..core.site import Site
 from .conditioned import Conditioned, plus_low_rank
 
@@ -104,6 +104,27 @@ class DeftConfig(Conditioned):
                 q, _ = torch.linalg.qr(q)
                 return q.mT @ w.to(q.dtype), q
             return q.relu().mT @ w.to(q.dtype), q
+
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        """Zeros take nothing out; of orthonormal columns there is none that does not, and what it takes out is put in again."""
+        r, qr = small.deft_P.shape[-1], self.decomposition_method == "qr"
+        grows = r < p.deft_P.shape[-1]
+        if qr and self.para and grows:
+            raise ValueError("one more direction of decomposition_method='qr' takes something out, and with `para` nothing is put in")
+        values = super().padded(p, small)
+        if not self.para:
+            values["deft_R"] = values["deft_R"] * (small.method._scaling(small) / self._scaling(p))  # type: ignore[attr-defined]
+        if qr and grows:
+            # In the space of what the columns so far leave over.
+            q, _ = torch.linalg.qr(full(small.deft_P.detach()))
+            drawn = torch.empty_like(values["deft_P"][..., r:], device="cpu").normal_(generator=generator_for(self.seed, p.path, "padded"))
+            drawn = drawn.to(q)
+            rest, _ = torch.linalg.qr(drawn - q @ (q.mT @ drawn))
+            values["deft_P"][..., r:] = rest
+            q, _ = torch.linalg.qr(full(values["deft_P"]))
+            w, _ = p.site.read()
+            values["deft_R"][..., r:, :] = q[..., r:].mT @ full(w.detach()).to(q) / self._scaling(p)
+        return values
 
     def factors(self, p: Adapter, w: Tensor) -> tuple[Tensor, Tensor]:
         taken, q = self._taken(p, w)

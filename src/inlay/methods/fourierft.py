@@ -50,6 +50,7 @@ class FourierFTConfig(Spread):
     prefix: ClassVar[str] = "fourierft_"
     paper: ClassVar[str] = "2405.03003"
     equation: ClassVar[str] = "W + s Re(ifft2(S))"
+    size_option: ClassVar[str] = "n_frequency"
     patterns: ClassVar[dict[str, str]] = {"n_frequency_pattern": "n_frequency"}
     ours: ClassVar[frozenset[str]] = Method.ours - {"bias"}
     examples: ClassVar[dict[str, dict[str, Any]]] = {

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..core.config import PeftType
 from ..core.families import acts_on_last_axis
-from ..core.method import Additive, Method, Param, add, full, kaiming_uniform, meet, register, zeros
+from ..core.method import Additive, Method, Param, add, full, kaiming_uniform, meet, padded, register, zeros
 from ..core.site import Site
 from ..kernels.blocks import linear_plus_blocks, through_blocks, update_of_blocks
 
@@ -98,6 +98,16 @@ class GraloraConfig(Additive):
             declared["gralora_A_general"] = Param((self.hybrid_r, "in"), kaiming_uniform, "gralora_A_general.weight")
             declared["gralora_B_general"] = Param(("out", self.hybrid_r), start, "gralora_B_general.weight")
         return declared
+
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        """Each block's rank grows by itself."""
+        k, scale = self.gralora_k, small.method.scaling / self.scaling  # type: ignore[attr-defined]
+        if small.gralora_A.shape[-3] != k:
+            raise ValueError(f"one of them cuts the weight into {small.gralora_A.shape[-3]} blocks, the other into {k}")
+        values = super().padded(p, small)
+        values["gralora_A"] = padded(small.gralora_A, p.gralora_A.shape, k)
+        values["gralora_B"] = padded(small.gralora_B, p.gralora_B.shape, k, -2)
+        return {name: value * scale if "_B" in name else value for name, value in values.items()}
 
     def delta(self, p: Adapter) -> Tensor:
         found = update_of_blocks(full(p.gralora_A), full(p.gralora_B))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..core.config import PeftType
 from ..core.families import Rotation, in_full_precision
-from ..core.method import Method, Param, full, kaiming_uniform, register
+from ..core.method import Method, Param, full, generator_for, kaiming_uniform, register
 from ..core.site import Site
 from ..kernels.turned import linear_reflected
 
@@ -72,6 +72,18 @@ class HRAConfig(Rotation):
         paired = self.init_weights and self.r % 2 == 0 and not self.apply_GS
         in_file = (prod(site.batch) * site.size("in"), self.r)
         return {"hra_u": Param(("in", self.r), _pairs if paired else kaiming_uniform, file_shape=in_file)}
+
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        """Two reflections in the same direction are none."""
+        more = self.r - small.hra_u.shape[-1]
+        if more <= 0:
+            return super().padded(p, small)
+        if self.apply_GS or more % 2:
+            why = "orthogonal directions (`apply_GS`)" if self.apply_GS else f"an odd number ({more})"
+            raise ValueError(f"reflections cancel in pairs of one direction, and {why} of more do not")
+        pairs = torch.empty(*small.hra_u.shape[:-1], more)
+        _pairs(pairs, generator_for(self.seed, p.path, "padded"))
+        return {"hra_u": torch.cat((small.hra_u.detach(), pairs.to(small.hra_u)), -1)}
 
     def turn(self, p: Adapter, rows: Tensor, *, inverse: bool = False, training: bool = False) -> Tensor:
         u, v = (t.to(rows.dtype) for t in self._thin(p, inverse))

@@ -73,6 +73,15 @@ class Kasa(LoraConfig):
         p.lora_dropped_A.copy_(v[..., -r:, :])
         p.lora_dropped_B.copy_(u[..., -r:] * s[..., None, -r:])
 
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        """A larger rank leaves out more of the weight: the new ranks hold what the smaller one did not leave out."""
+        values, (a, b), r = super().padded(p, small), self.names(p.site), small.lora_diag.shape[-1]
+        more = p.lora_diag.shape[-1] - r
+        values["lora_diag"][..., r:] = 1
+        values[a][..., r:, :] = p.lora_dropped_A[..., :more, :]
+        values[b][..., r:] = p.lora_dropped_B[..., :more] / self.scaling
+        return values
+
     def trained(self, p: Adapter) -> tuple[Tensor, Tensor]:
         a, b = super().factors(p)
         return a, b * p.lora_diag.unsqueeze(-2)

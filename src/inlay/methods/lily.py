@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import PeftType
-from ..core.method import Method, Param, add, generator_for, kaiming_uniform, meet, register
+from ..core.method import Method, Param, add, generator_for, kaiming_uniform, meet, padded, register
 from ..core.site import Site, _AnyConv
 from ..core.targets import ALL_LINEAR
 from ..kernels.routed import linear_plus_routed
@@ -108,6 +108,14 @@ class LilyConfig(Method):
     def repeated(self, p: Adapter) -> dict[str, str]:
         a, b = p.shared.names[p.path]
         return {"lily_A.weight": f"factors.{a}", "lily_B.weight": f"factors.{b}"}
+
+    def padded_shared(self, shared: nn.Module, small: nn.Module) -> dict[str, Tensor]:
+        """Each B grows by itself."""
+        values = super().padded_shared(shared, small)
+        return {
+            name: padded(small.get_parameter(name), value.shape, self.num_B, -2) if name.startswith("factors.B") else value
+            for name, value in values.items()
+        }
 
     def params(self, site: Site) -> dict[str, Param]:
         return {"lily_router": Param((self.num_B, self.r), kaiming_uniform, "lily_router.weight")}

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..core.config import PeftType
 from ..core.families import acts_on_last_axis
-from ..core.method import Init, Method, Param, add, full, kaiming_uniform, meet, register, zeros
+from ..core.method import Init, Method, Param, add, full, kaiming_uniform, meet, padded, register, zeros
 from ..core.site import Site
 from ..kernels.kronecker import kronecker, linear_plus_kronecker, times_kronecker
 from .lycoris import Frame, Lycoris, as_matrix, core_uniform, tensor_of, tucker
@@ -99,6 +99,22 @@ class LoKrConfig(Lycoris):
             declared |= {"lokr_w2_a": declare(shapes.k, r), "lokr_w2_b": declare(r, unrolled, init=right)}
         return declared | self.scalar()
 
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        """From some rank on a factor is one matrix: then the product of the smaller adapter's two."""
+        method, values, same = small.method, {}, []
+        assert isinstance(method, LoKrConfig)
+        for name, whole in (("lokr_w1", method.ungated), ("lokr_w2", method._w2)):
+            if name in p.declared and name not in small.declared:
+                made = whole(small).detach().unflatten(-1, (-1, *p.site.kernel)) if name == "lokr_w2" else whole(small).detach()
+                values[name] = padded(made, getattr(p, name).shape)
+            else:
+                same += [n for n in p.declared if n == name or n.startswith((f"{name}_", f"{name.replace('w', 't')}"))]
+        same += [n for n in p.declared if n not in values and n not in same]
+        missing = [n for n in same if n not in small.declared]
+        if missing:
+            raise ValueError(f"one of them has {missing[0]}, the other not")
+        return values | {n: padded(getattr(small, n), getattr(p, n).shape) for n in same}
+
     def _starts(self) -> tuple[Init, Init]:
         """What w1's and w2's last tensor start from: one of them from zero, if anything has to."""
         if not self.init_weights or self.use_scalar:
@@ -107,7 +123,11 @@ class LoKrConfig(Lycoris):
 
     def _w1(self, p: Adapter) -> Tensor:
         """``(*batch, l, m)``."""
-        return self.gated(p, p.lokr_w1 if "lokr_w1" in p.declared else p.lokr_w1_a @ p.lokr_w1_b)
+        return self.gated(p, self.ungated(p))
+
+    def ungated(self, p: Adapter) -> Tensor:
+        """w1 without the trained factor."""
+        return p.lokr_w1 if "lokr_w1" in p.declared else p.lokr_w1_a @ p.lokr_w1_b
 
     def _w2(self, p: Adapter) -> Tensor:
         """``(*batch, k, q * kernel)``."""

@@ -192,6 +192,8 @@ class LoraConfig(LowRank):
         "loftq": {"r": 2, "lora_alpha": 3, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
     }
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    # The tensors that stand behind the scale.
+    behind_scale: ClassVar[tuple[str, ...]] = ("lora_B", "lora_embedding_B", "lora_B_bias")
     of_tuner: ClassVar[Mapping[str, Any]] = {
         "_get_kasa_loss": _term_of("kasa_config"),
         "_get_monteclora_loss": _term_of("monteclora_config"),
@@ -293,6 +295,13 @@ class LoraConfig(LowRank):
         if self.lora_bias and site.reads and site.bias() is None:
             return "it reads no bias to which `lora_bias` could be added"
         return None
+
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        values = super().padded(p, small)
+        if self.scaling == 0:
+            raise ValueError("it has lora_alpha=0, so nothing that takes its place can have an effect")
+        factor = small.method.scaling * small.strength / self.scaling  # type: ignore[attr-defined]
+        return {name: value * factor if name in self.behind_scale else value for name, value in values.items()}
 
     def names(self, site: Site) -> tuple[str, str]:
         """How HF calls A and B at this site."""

@@ -93,6 +93,17 @@ class MissConfig(Additive):
         rows = self.mini_r if self.init_weights == "mini" else "out"
         return {f"{self.prefix}block": Param((self.r, rows), zeros if self.init_weights else kaiming_uniform)}
 
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        """A longer shard repeats a shorter one."""
+        name = f"{self.prefix}block"
+        block, shape = getattr(small, name), getattr(p, name).shape
+        if shape[-2] % block.shape[-2] or shape[-1] % block.shape[-1]:
+            raise ValueError(
+                f"blocks of {tuple(block.shape[-2:])} side by side make one of {tuple(shape[-2:])} only where they fill it: r and mini_r "
+                "have to be multiples"
+            )
+        return {name: block.detach().repeat(*(1 for _ in block.shape[:-2]), shape[-2] // block.shape[-2], shape[-1] // block.shape[-1])}
+
     def block(self, p: Adapter) -> Tensor:
         """``E (*batch, out, r)``."""
         block = getattr(p, f"{self.prefix}block").mT
@@ -123,6 +134,13 @@ class Bat(MissConfig):
 
     def params(self, site: Site) -> dict[str, Param]:
         return {f"{self.prefix}block": Param((site.size("out") // self.r, self.r, self.r))}
+
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        if small.method.r != self.r:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"init_weights='bat' multiplies each block of {self.r} rows by a matrix of their own, and smaller blocks in it have several"
+            )
+        return Method.padded(self, p, small)
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self._multiplied(w, getattr(p, f"{self.prefix}block"), p.strength), b

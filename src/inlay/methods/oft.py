@@ -72,6 +72,7 @@ class OFTConfig(Rotation):
         "dropout": {"oft_block_size": 4, "module_dropout": 0.4, "bias": "oft_only"},
     }
     ours: ClassVar[frozenset[str]] = Method.ours - {"bias"}
+    size_option: ClassVar[str] = "oft_block_size"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,12 +106,29 @@ class OFTConfig(Rotation):
         in_file = prod(site.batch) * shape[0], shape[1]
         return {name: Param(shape, zeros if self.init_weights else normal(0.1), f"{name}.weight", file_shape=in_file)}
 
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        """Blocks that divide larger ones stand on their diagonals."""
+        (name,) = p.declared
+        vectors = getattr(small, name).detach()
+        size, larger = _side(vectors), _side(getattr(p, name))
+        if small.method.coft:  # type: ignore[attr-defined]
+            # What is within the small balls is within the large one.
+            vectors = small.method._within_ball(vectors, False)  # type: ignore[attr-defined]
+        if larger % size:
+            raise ValueError(f"blocks of {size} do not fill those of {larger}")
+        count, several = getattr(p, name).shape[-2], larger // size
+        blocks = skew(vectors, size).expand(*vectors.shape[:-2], count * several, size, size)
+        whole = blocks.new_zeros(*vectors.shape[:-2], count, several, size, several, size)
+        whole.diagonal(dim1=-4, dim2=-2).copy_(blocks.unflatten(-3, (count, several)).movedim(-3, -1))
+        upper, lower = torch.triu_indices(larger, larger, 1)
+        return {name: whole.flatten(-4, -3).flatten(-2)[..., upper, lower]}
+
     def rotations(self, p: Adapter, training: bool = False) -> Tensor:
         """The blocks of ``R``: ``(*batch, blocks, size, size)``."""
         vectors = p.oft_embedding_R if isinstance(p.site, Embedding) else p.oft_R
         with in_full_precision(p):
             vectors = self._within_ball(vectors, training) if self.coft else vectors
-            q = skew(full(vectors), round((1 + (1 + 8 * vectors.shape[-1]) ** 0.5) / 2))
+            q = skew(full(vectors), _side(vectors))
             blocks = cayley_series(q, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(q)
             if training and self.module_dropout:
                 eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
@@ -147,3 +165,8 @@ class OFTConfig(Rotation):
         y = inner(x)
         rows = y.reshape(-1, y.shape[-1]).to(full(y).dtype)
         return self.turn(p, rows, inverse=True, training=p.training).reshape(y.shape).to(y.dtype)
+
+
+def _side(vectors: Tensor) -> int:
+    """Of the skew-symmetric matrices whose numbers above the diagonal these are."""
+    return round((1 + (1 + 8 * vectors.shape[-1]) ** 0.5) / 2)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..core.config import PeftType, nearest
 from ..core.families import cayley, cayley_series, in_full_precision, skew
-from ..core.method import Init, LowRank, Method, Param, full, normal, ones, register, zeros
+from ..core.method import Init, LowRank, Method, Param, full, normal, ones, padded, register, zeros
 from ..core.site import Site
 from ..kernels.core import linear_plus_core
 
@@ -132,6 +132,21 @@ class PsoftConfig(LowRank):
             "psoft_A": Param((r, "in"), trainable=False, persistent=False),
             "psoft_B": Param(("out", r), trainable=False, persistent=False),
         }
+
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        """What is turned in fewer of the same directions; in the others nothing is."""
+        r, values = small.method.r, {}  # type: ignore[attr-defined]
+        for name in p.declared.keys() & {"psoft_vector_a", "psoft_vector_b"}:
+            values[name] = torch.ones_like(getattr(p, name))
+            if name in small.declared:
+                values[name][..., :r] = getattr(small, name).detach()
+        if self.psoft_orth:
+            whole = padded(skew(small.psoft_R.detach(), r), (*p.psoft_R.shape[:-1], self.r, self.r))
+            upper, lower = torch.triu_indices(self.r, self.r, 1)
+            return values | {"psoft_R": whole[..., upper, lower]}
+        whole = padded(small.psoft_R, p.psoft_R.shape)
+        whole.diagonal(dim1=-2, dim2=-1)[..., r:] = 1
+        return values | {"psoft_R": whole}
 
     def derive(self, p: Adapter) -> None:
         w, _ = p.site.read()

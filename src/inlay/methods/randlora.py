@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from ..core.inner import Inner
 
 
+RANK_COUNTS = "the larger r is, the fewer bases there are, so an update of one r is none of another"
+
+
 @register
 @dataclass
 class RandLoraConfig(Spread):
@@ -118,6 +121,16 @@ class RandLoraConfig(Spread):
         bases = self._bases(short)
         start = (zeros, constant(1 / max(bases, short))) if self.init_weights else (normal(), constant(1 / long))
         return {"randlora_lambda": Param((self.r, bases), start[0]), "randlora_gamma": Param((bases, short), start[1])}
+
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        if small.method.r != self.r:  # type: ignore[attr-defined]
+            raise ValueError(RANK_COUNTS)
+        return super().padded(p, small)
+
+    def padded_shared(self, shared: nn.Module, small: nn.Module) -> dict[str, Tensor]:
+        if shared.randlora_A.shape[0] != small.randlora_A.shape[0]:  # type: ignore[union-attr]
+            raise ValueError(RANK_COUNTS)
+        return super().padded_shared(shared, small)
 
     @property
     def scaling(self) -> float:

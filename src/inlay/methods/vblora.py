@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.config import PeftType
-from ..core.method import LowRank, Method, Param, generator_for, normal, register
+from ..core.method import LowRank, Method, Param, generator_for, normal, padded, register
 from ..core.site import Site
 from .banks import check_positive, check_share
 
@@ -109,6 +109,25 @@ class VBLoRAConfig(LowRank):
             "vblora_logits_A": Param((self.r, pieces["in"], self.num_vectors), start),
             "vblora_logits_B": Param((pieces["out"], self.r, self.num_vectors), start),
         }
+
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        """A larger bank has vectors of zeros behind those of the smaller one, which no piece chooses but those of ranks that are
+        new."""
+        values, vectors = {}, small.vblora_logits_A.shape[-1]
+        if self.vector_length != small.method.vector_length:  # type: ignore[attr-defined]
+            raise ValueError("pieces of one `vector_length` are none of another")
+        if self.r > small.method.r and self.num_vectors == vectors:  # type: ignore[attr-defined]
+            raise ValueError("a rank that adds nothing is made of zeros, and no vector of the bank is zero: give it one `num_vectors` more")
+        for name, axis in (("vblora_logits_A", -3), ("vblora_logits_B", -2)):
+            logits, shape = getattr(small, name), getattr(p, name).shape
+            found = padded(logits, shape)
+            # A finite number, so low that such a vector is never chosen.
+            found[..., vectors:] = torch.finfo(found.dtype).min
+            new = found.movedim(axis, 0)[logits.shape[axis] :]
+            new.fill_(torch.finfo(found.dtype).min)
+            new[..., vectors : vectors + 1] = 0
+            values[name] = found
+        return values
 
     def _mixed(self, p: Adapter, logits: Tensor) -> Tensor:
         """``(*, num_vectors)`` to ``(*, vector_length)``."""

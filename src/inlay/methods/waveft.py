@@ -73,6 +73,11 @@ class WaveFTConfig(Spread):
             known = f"{nearest(self.wavelet_family, LOW_PASS)} Known: {', '.join(LOW_PASS)}."
             raise ValueError(f"Unknown wavelet_family={self.wavelet_family!r}.{known}")
 
+    @property
+    def size_option(self) -> str:  # type: ignore[override]
+        # In proportion, the numbers follow from the layers' sizes.
+        return "" if self.proportional_parameters else "n_frequency"
+
     def default_targets(self) -> dict[str, list[str] | str]:
         return super().default_targets() | {"gpt2": ["mlp.c_proj"], "gpt_bigcode": ["mlp.c_proj"]}
 
