@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .core.attach import attach, check_name
 from .core.calls import calling, penalised
 from .core.config import PeftConfig
-from .core.inlaid import places, session_of
+from .core.inlaid import adapters_of, places, session_of
 from .core.retrained import Retrained
 from .core.rows import Order
 from .core.session import Session, carry_choices
@@ -458,7 +458,9 @@ class PeftModel(nn.Module):
             str(model_id), device="cpu", key_mapping=key_mapping, allow_pickle=allow_pickle, subfolder=subfolder, **hub
         )
         if adapter_name in self.peft_config:
-            report = _fill_existing(self, tensors, adapter_name, strict)
+            report = _fill_existing(
+                self, tensors, adapter_name, lambda: PeftConfig.from_pretrained(model_id, subfolder=subfolder, **hub), strict
+            )
             if is_trainable:
                 self.set_requires_grad(adapter_name)
             return report
@@ -505,13 +507,18 @@ def _filling(model: nn.Module, tensors: Mapping[str, Tensor], name: str, strict:
     return {"fill": values}
 
 
-def _fill_existing(model: PeftModel, tensors: Mapping[str, Tensor], name: str, strict: bool) -> LoadReport:
+def _fill_existing(model: PeftModel, tensors: Mapping[str, Tensor], name: str, saved: Callable[[], PeftConfig], strict: bool) -> LoadReport:
     if model._is_prompt_learning:
         from .prompts import load_prompt
 
         return load_prompt(model, name, tensors, strict)
-    base = model.get_base_model()
-    return fill(slots_of_model(base, name), base, tensors, name, strict=strict, ignore_mismatched_sizes=not strict)
+    base, method = model.get_base_model(), model.peft_config[name]
+    undo = method.refilled(adapters_of(base, name), saved)  # type: ignore[attr-defined]
+    try:
+        return fill(slots_of_model(base, name), base, tensors, name, strict=strict, ignore_mismatched_sizes=not strict)
+    except Exception:
+        undo()
+        raise
 
 
 class PeftModelForCausalLM(PeftModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +95,28 @@ def test_a_copied_model_goes_on_with_its_own_budget() -> None:
         p.lora_E.data.fill_(0)
     assert ranks(model) == before
     assert layers[0].method.mask == adapters_of(model.get_base_model(), "default")[0].method.mask
+
+
+@pytest.mark.parametrize("more", [6, 9])
+def test_values_from_another_time_of_the_training(tmp_path: Path, more: int) -> None:
+    """A training that was resumed, or returns to its best step, has another budget than the file."""
+    early, x = trained(adalora(), 4), torch.randn(5, 6, generator=torch.Generator().manual_seed(6))
+    early.save_pretrained(tmp_path)
+    for live in (trained(adalora(), more), trained(adalora(), 0)):
+        live.load_adapter(tmp_path, "default")
+        torch.testing.assert_close(live.eval()(x), early.eval()(x))
+        assert ranks(live) == ranks(early)
+        assert live.peft_config["default"].rank_pattern == early.peft_config["default"].rank_pattern
+
+
+def test_values_that_do_not_fit_leave_the_budget_as_it_was(tmp_path: Path) -> None:
+    model, x = trained(adalora(), 6), torch.randn(5, 6)
+    before, pattern = model.eval()(x), model.peft_config["default"].rank_pattern
+    trained(adalora(init_r=3), 4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="init_r=3, this adapter 4"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(model(x), before)
+    assert model.peft_config["default"].rank_pattern == pattern
 
 
 @pytest.mark.parametrize(

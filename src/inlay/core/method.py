@@ -294,6 +294,14 @@ class Method(PeftConfig):
         """Set what follows from the base and is in no file: the buffers that are not persistent. Called before `start`, and for
         an adapter from a file as well."""
 
+    def refilled(self, adapters: Sequence[Adapter], saved: Callable[[], PeftConfig]) -> Callable[[], None]:
+        """Called before adapters that are there get the values of a file; what is returned takes it back, if the file does not fit.
+
+        Args:
+            saved: reads the configuration that the file has beside it.
+        """
+        return lambda: None
+
     def start(self, p: Adapter) -> None:
         """Set what the initial values of single tensors cannot know: called once all of them are there."""
 
@@ -435,7 +443,11 @@ class Additive(Method):
         if extra is not None:
             extra = p.strength * full(extra)
             b = extra if b is None else b + extra
-        return w + p.strength * full(self.delta(p)), b
+        return self.plus_delta(p, w), b
+
+    def plus_delta(self, p: Adapter, w: Tensor) -> Tensor:
+        """The weight with `delta` at the adapter's strength, where there is a cheaper way than to add the two."""
+        return torch.add(w, full(self.delta(p)), alpha=p.strength)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         return self.with_delta(p, inner, x, self.delta(p))
@@ -470,6 +482,12 @@ class LowRank(Additive):
     def delta(self, p: Adapter) -> Tensor:
         a, b = self.factors(p)
         return self.scaling * (full(b) @ full(a))
+
+    def plus_delta(self, p: Adapter, w: Tensor) -> Tensor:
+        if w.ndim > 2 or type(self).delta is not LowRank.delta:
+            return super().plus_delta(p, w)
+        a, b = (full(t).to(w.dtype) for t in self.factors(p))
+        return torch.addmm(w, b, a, alpha=self.scaling * p.strength)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         return self.with_factors(p, inner, x, *self.factors(p), self.trained(p))

@@ -198,8 +198,13 @@ class AdaLoraConfig(LoraConfig):
     def _kept_in_file(self, path: str) -> list[bool] | None:
         return next((v for k, v in (self.rank_pattern or {}).items() if _layer_of(k) == path), None)
 
-    def refilled(self, adapters: Sequence[Adapter], saved: PeftConfig) -> Callable[[], None]:
+    def refilled(self, adapters: Sequence[Adapter], saved: Callable[[], PeftConfig]) -> Callable[[], None]:
         """A file has the ranks that were in the budget when it was written, not those that are in it now."""
+        config = saved()
+        if not isinstance(config, AdaLoraConfig):
+            raise ValueError(f"The file holds an adapter of {type(config).__name__}, not of {type(self).__name__}.")
+        if config.init_r != self.init_r:
+            raise ValueError(f"The file has init_r={config.init_r}, this adapter {self.init_r}; load it under another name.")
         before = self.rank_pattern, [p.method.mask for p in adapters]  # type: ignore[attr-defined]
 
         def put(pattern: dict[str, Any] | None, masks: Sequence[list[bool] | None]) -> None:
@@ -209,9 +214,9 @@ class AdaLoraConfig(LoraConfig):
 
         masks: list[list[bool] | None] = []
         for p in adapters:
-            mask, ranks = saved._kept_in_file(p.path), p.method.ranks  # type: ignore[attr-defined]
+            mask, ranks = config._kept_in_file(p.path), p.method.ranks  # type: ignore[attr-defined]
             masks.append(mask if mask is None or ranks is None else [mask[i] for i in ranks])
-        put(saved.rank_pattern, masks)  # type: ignore[attr-defined]
+        put(config.rank_pattern, masks)
         return lambda: put(*before)
 
     # -- in training --
