@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.frozen import frozen_linear
@@ -18,6 +19,8 @@ from .rows import by_rows, grouped
 from .session import Session
 from .site import Embedding, Linear, Site, TransposedLinear
 
+# The types of a dense weight, those without numbers (`inlay.plan`) included.
+PLAIN = (nn.Parameter, Tensor, FakeTensor)
 # What hosts that read their weights have read in the forward pass that is running: an expert stack is read once an expert.
 read_now: ContextVar[dict[Any, Tensor] | None] = ContextVar("inlay_read", default=None)
 
@@ -67,7 +70,7 @@ class Place:
         if bare and self.plain and not further:
             # A parametrization has no such parameter and computes its weight.
             weight = site.module._parameters.get("weight")
-            if type(weight) is nn.Parameter or type(weight) is Tensor or site.store.in_formulas:
+            if type(weight) in PLAIN or site.store.in_formulas:
                 dense = weight, site.module._parameters["bias"]
         if dense is None and not site.store.dense and not further and multiplies(site):
             return self._restoring(site, call, bare)
