@@ -171,10 +171,18 @@ class Place:
         if check and not (w.isfinite().all() and (b is None or b.isfinite().all())):
             raise ValueError(f"Merging {', '.join(names)} gives weights of {self.path!r} that are not finite; the adapter seems broken.")
         before = None if self.site.store.dense else self.site.read()[0]
-        self.site.replace(w, b)
+        self.site.replace(w, b, self._made(w, names))
         self.merged = names
         if before is not None:
             self.rounding = _lost(w, before, self.site.matrix(self.site.store.read(self.site.module, self.site.name)))
+
+    def _made(self, w: Tensor, names: Sequence[str]) -> bool:
+        """Whether a folded weight shares its memory with nothing that was there before."""
+        adapters = [self.adapters[n] for n in names]
+        known = [t for p in adapters for t in (*p.parameters(), *p.buffers())]
+        if self.site.store.dense:
+            known.append(self.site.read()[0])
+        return not any(w.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in known)
 
     def unmerge(self) -> None:
         """Put the host's own tensors back."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .stores import Store, store_of
+from .stores import DENSE, Store, alike, store_of
 
 Layout = TypeVar("Layout", bound="type[Site]")
 LAYOUTS: dict[str, type[Site]] = {}
@@ -156,12 +156,13 @@ class Site:
             return self.matrix(self.store.read_tensor(self.kept[0])), self.kept[1]
         return self.matrix(self.store.read(self.module, self.name)), self.bias()
 
-    def replace(self, weight: Tensor, bias: Tensor | None) -> None:
+    def replace(self, weight: Tensor, bias: Tensor | None, fresh: bool = False) -> None:
         """Put another weight and bias in the place of the host's, whose own tensors are kept as they are for `restore`.
 
         Args:
             weight: ``(*batch, out, in)``, any floating dtype; it is rounded once.
             bias: ``(channels,)`` or None.
+            fresh: nothing else holds the weight's memory, so that the host may have it without a copy.
 
         Raises:
             TypeError: the host computes its weight, or its store cannot be written to.
@@ -171,7 +172,11 @@ class Site:
             raise TypeError(why)
         if self.kept is None:
             self.kept = self.store.held(self.module, self.name), self.bias()
-        self.store.write(self.module, self.name, self.raw(weight))
+        raw = self.raw(weight)
+        if fresh and self.store is DENSE and alike(raw, self.kept[0]):
+            self.store.put(self.module, self.name, nn.Parameter(raw.detach(), requires_grad=self.kept[0].requires_grad))
+        else:
+            self.store.write(self.module, self.name, raw)
         if self.bias_name and bias is not self.kept[1]:
             table = self._bias_table
             new = None if bias is None else bias.detach().to(self.dtype)

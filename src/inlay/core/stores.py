@@ -121,6 +121,11 @@ class Store:
 DENSE = Store()
 
 
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in memory in the same way."""
+    return type(a) in (Tensor, nn.Parameter) and (a.dtype, a.device, a.shape, a.stride()) == (b.dtype, b.device, b.shape, b.stride())
+
+
 @cache
 def _known() -> dict[str, Store]:
     import_module("inlay.stores")

@@ -39,19 +39,19 @@ def merge(model: nn.Module, session: Session, names: Sequence[str] | None = None
 
 def tie_again(model: nn.Module) -> None:
     """Ends that share one adapter share the merged weight too."""
-    by_adapter = {id(a): p for p in places(model) if isinstance(p, Place) for a in p.adapters.values()}
-    for place in places(model):
+    found = list(places(model))
+    by_adapter = {id(a): p for p in found if isinstance(p, Place) for a in p.adapters.values()}
+    for place in found:
         if not isinstance(place, Place) or not place.merged:
             continue
         methods = [place.adapters[n].method for n in place.merged]
         if all(isinstance(m, Tied) for m in methods):
             source = by_adapter[id(methods[0].source)]  # type: ignore[attr-defined]
             host_of(place)._parameters["weight"] = host_of(source)._parameters["weight"]
-    _tie_copies(model)
+    _tie_copies([p for p in found if isinstance(p, Retrained) and p.merged])
 
 
-def _tie_copies(model: nn.Module) -> None:
-    merged = [p for p in places(model) if isinstance(p, Retrained) and p.merged]
+def _tie_copies(merged: Sequence[Retrained]) -> None:
     first: dict[int, nn.Module] = {}
     for place in merged:
         copied = place.adapters[place.merged[-1]]._parameters.get("weight")
