@@ -71,8 +71,34 @@ def test_lora_needs_no_base(folders: Path, capsys: pytest.CaptureFixture[str]) -
     (folders / "away").rename(folders / "base")
     assert (facts["weights"], facts["base_read"], facts["peft_type"]) == ([0.7, -0.3], False, "LORA")
     torch.testing.assert_close(logits(folders, "new"), logits(folders, "one", "two", weights=(0.7, -0.3)), rtol=1e-4, atol=1e-4)
-    assert sorted(p.name for p in (folders / "new").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (folders / "new").iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert json.loads((folders / "new" / "adapter_config.json").read_text())["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
+
+
+def test_cards_say_what_was_made_of_what(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("combine", folders / "one", folders / "two", "--weights", "0.7", "-0.3", "--combine", "ties", "--density", "0.4")
+    inlay_of(capsys, *words, "--out", folders / "new")
+    inlay_of(capsys, "convert", folders / "loha", "--rank", "2", "--base", folders / "base", "--out", folders / "lora")
+    inlay.save_as_lora(folders / "saved", inlay.PeftModel.from_pretrained(base(folders), folders / "loha"), 2)
+    for name, said in (
+        ("new", ["`ties`", "density 0.4", "majority sign total", "| `one` | 0.7 |", "| `two` | -0.3 |", "- merge"]),
+        ("lora", ["LOHA adapter `loha`", "model.layers.0.self_attn.q_proj` | 2 |"]),
+        ("saved", ["LOHA adapter `default`", "model.layers.1.mlp.down_proj` | 2 |"]),
+    ):
+        card = (folders / name / "README.md").read_text()
+        for words_of_it in (f"base_model: {folders / 'base'}", "library_name: peft", *said):
+            assert words_of_it in card
+        assert not {str(folders / n) for n in ("one", "two", "loha") if str(folders / n) in card}, "a path of this machine"
+
+
+def test_other_libraries_read_what_was_combined(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import peft
+
+    for kind in ("ties", "dare_linear_svd", "svd"):
+        inlay_of(capsys, "combine", folders / "one", folders / "two", "--combine", kind, "--seed", "1", "--out", folders / kind)
+        model = peft.PeftModel.from_pretrained(base(folders), folders / kind).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(torch.arange(12).view(2, 6)).logits, logits(folders, kind), rtol=1e-4, atol=1e-4)
 
 
 def test_other_methods_read_the_base(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +132,7 @@ def test_convert_shows_the_errors(folders: Path, capsys: pytest.CaptureFixture[s
         (["one", "two", "--weights", "0.7"], "1 numbers for 2 adapters"),
         (["one", "two", "--weights=a,b"], "give numbers"),
         (["one", "tow"], "Did you mean two"),
-        (["one", "two", "--combine", "ties"], "give `density`"),
+        (["one", "two", "--combine", "ties", "--density", "-1"], "share in"),
         (["one", "two", "--rank", "1.5"], "positive integer, or a share"),
         (["one", "dora"], "needed; give it with --base"),
     ],

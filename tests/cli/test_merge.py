@@ -118,7 +118,7 @@ def test_a_merge_that_does_not_verify_is_not_kept(
         (["--adapter", "{folder}/lora", "--out", "{out}", "--out-dtype", "int4"], "give bf16, fp16, fp32"),
         (["--adapter", "{folder}/lora", "--out", "{out}", "--base-dtype", "requantized"], "is not quantised; leave the flag out"),
         (["--adapter", "{folder}/lora", "--adapter", "{folder}/more", "--out", "{out}", "--combine", "tise"], "Did you mean 'ties'"),
-        (["--adapter", "{folder}/lora", "--adapter", "{folder}/more", "--out", "{out}", "--combine", "ties"], "give `density`"),
+        (["--adapter", "{folder}/lora", "--adapter", "{folder}/more", "--out", "{out}", "--combine", "ties", "--density=-1"], "share in"),
         (["{quantised}", "--adapter", "{folder}/lora", "--out", "{out}"], "Give the folder of the original, dense weights"),
     ],
 )

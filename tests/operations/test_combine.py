@@ -321,7 +321,6 @@ def test_factors_are_clamped_to_a_quantile() -> None:
         (["a", "c"], [1, 1], {}, "'c' not found"),
         (["a", "b"], [1], {}, "1 weights for 2 adapters"),
         (["a", "b"], [1, 1], {"combination_type": "tise"}, "Did you mean 'ties'"),
-        (["a", "b"], [1, 1], {"combination_type": "ties"}, "give `density`"),
         (["a", "b"], [1, 1], {"combination_type": "ties", "density": -0.1}, "share in"),
         (["a", "b"], [1, 1], {"combination_type": "ties", "density": 0.5, "majority_sign_method": "x"}, "'total' or 'frequency'"),
         (["a", "b"], [1, -1], {"combination_type": "soup"}, "must be positive"),

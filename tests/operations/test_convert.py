@@ -74,7 +74,7 @@ def test_a_folder_of_it(tmp_path: Path) -> None:
     x = torch.randn(3, 6)
     expected = model.eval()(x)
     inlay.save_as_lora(tmp_path / "lora", model, 4)
-    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     session = session_of(model.get_base_model())
     assert session is not None
     assert list(session.configs) == ["default"]

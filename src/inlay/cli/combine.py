@@ -61,7 +61,9 @@ def combine(
     weights: Annotated[str | None, typer.Option("--weights", help="A number an adapter, such as 0.7 0.3; one each when not given.")] = None,
     how: Annotated[str, typer.Option("--combine", help="The way to combine; listed below.")] = "svd",
     rank: Annotated[str | None, typer.Option("--rank", help="LoRA of this rank, or of the share that is to stay (0.95).")] = None,
-    density: Annotated[float | None, typer.Option("--density", help="Share of numbers that stays, for ways that prune.")] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", help="Share of numbers that stays, for ways that prune (0.5).")
+    ] = None,
     majority: Annotated[str, typer.Option("--majority-sign-method", help="total or frequency, for ways that elect signs.")] = "total",
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of what is drawn.")] = None,
     base: Base = None,
@@ -102,7 +104,8 @@ def combine(
     config = model.peft_config["default"]
     config.inference_mode = True
     tensors = get_peft_model_state_dict(model, adapter_name="default")
-    write(out, tensors, config)
+    named = [folder.name for folder in adapters]
+    write(out, tensors, config, model, _origin(named, numbers, how, share, density, majority, seed), ("merge",))
     facts = {
         "out": str(out), "combine": how, "weights": numbers, "peft_type": str(config.peft_type), "r": getattr(config, "r", None),
         "tensors": len(tensors), "bytes": sum(t.nbytes for t in tensors.values()), "base_read": not alone,
@@ -190,8 +193,29 @@ def adapted(folders: list[Path], base: str | None, dtype: str, device: str) -> t
     return model, alone
 
 
-def write(out: Path, tensors: dict[str, Any], config: Any) -> None:
-    """The new adapter's folder."""
+def _origin(
+    names: list[str], weights: list[float], how: str, rank: float | None, density: float | None, majority: str, seed: int | None
+) -> str:
+    """For the card: what was combined, and how."""
+    from inlay.formats.card import table as markdown
+    from inlay.operations.arithmetic import combination, density_of
+
+    chosen = combination(how)
+    options = {"rank": rank, "density": density_of(chosen, density), "majority sign": majority if chosen.elects else None, "seed": seed}
+    said = "".join(f", {name} {value}" for name, value in options.items() if value is not None)
+    paper = f" (arXiv [{chosen.paper}](https://arxiv.org/abs/{chosen.paper}))" if chosen.paper else ""
+    rows = [(f"`{name}`", f"{weight:g}") for name, weight in zip(names, weights, strict=True)]
+    return f"Combined from other adapters by `{how}`{paper}{said}.\n\n{markdown(('adapter', 'weight'), rows)}"
+
+
+def write(out: Path, tensors: dict[str, Any], config: Any, model: Any, origin: str, tags: tuple[str, ...] = ()) -> None:
+    """The new adapter's folder, with a card that says how it was made.
+
+    Args:
+        model: the one that it is for, where that was read.
+    """
+    from inlay.formats.card import write_card
     from inlay.formats.folder import write_adapter
 
     write_adapter(out, tensors, config.to_file())
+    write_card(out, model, config, origin, tags)

@@ -34,7 +34,8 @@ def convert(
         raise InputError(f"--out {out}: exists already; name a new folder.")
     share = parsed_rank(rank)
     hush()
-    from inlay.operations.convert import conversion
+    from inlay import PeftConfig
+    from inlay.operations.convert import conversion, origin
 
     model, _ = adapted([adapter], base, dtype, device)
     try:
@@ -42,7 +43,7 @@ def convert(
     except (ValueError, TypeError) as error:
         raise InputError(f"{adapter}: {' '.join(str(error).split())}") from error
     found.config.inference_mode = True
-    write(out, found.tensors, found.config)
+    write(out, found.tensors, found.config, model, origin(found, adapter.name, PeftConfig.from_pretrained(adapter)))
     worst = max(found.layers, key=lambda layer: layer.error)
     if as_json:
         emit({"out": str(out), "r": found.config.r, "largest_error": worst.error, "layers": [asdict(layer) for layer in found.layers]})

@@ -50,7 +50,7 @@ def extract(
             found = take_out(base, tuned, share, retrain_others=retrain_others, progress=progress)
     except (ValueError, OSError) as error:
         raise InputError(f"{base}, {tuned}: {' '.join(str(error).split())}") from error
-    write(out, found.tensors, found.config)
+    write(out, found.tensors, found.config, None, _origin(found, base, tuned))
     size = sum(t.nbytes for t in found.tensors.values())
     if as_json:
         emit({
@@ -63,6 +63,18 @@ def extract(
         })
         return
     _show(found, out, size, screen)
+
+
+def _origin(found: Any, base: Path, tuned: Path) -> str:
+    """For the card: what it is the difference of, and what it lacks."""
+    from inlay.formats.card import table as markdown
+
+    rows = [(f"`{layer.name}`", str(layer.rank), f"{layer.norm:.3g}", f"{layer.error:.1e}") for layer in found.layers]
+    left = [other.name for other in found.others if not other.kept]
+    text = f"What training changed from `{base.name}` to `{tuned.name}`, as LoRA. The error is what it lacks, relative to the change."
+    return f"{text}\n\n{markdown(('layer', 'rank', 'norm', 'error'), rows)}" + (
+        f"\n\nLeft out, since no product of two factors stands for it: {', '.join(f'`{name}`' for name in left)}." if left else ""
+    )
 
 
 def _show(found: Any, out: Path, size: int, screen: Any) -> None:

@@ -34,7 +34,7 @@ def merge(
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the merged model; must not exist yet.")] = None,
     weights: Annotated[str | None, typer.Option("--weights", help="A number an adapter, such as 0.7 0.3; one each when not given.")] = None,
     how: Annotated[str | None, typer.Option("--combine", help="Make one change of several adapters; the ways are listed below.")] = None,
-    density: Annotated[float | None, typer.Option("--density", help="Share of numbers that stays, for ways that prune.")] = None,
+    density: Annotated[float | None, typer.Option("--density", help="Share of numbers that stays, for ways that prune (0.5).")] = None,
     majority: Annotated[str, typer.Option("--majority-sign-method", help="total or frequency, for ways that elect signs.")] = "total",
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of what is drawn.")] = None,
     out_dtype: Annotated[str | None, typer.Option("--out-dtype", help="bf16, fp16 or fp32; as in the base when not given.")] = None,

@@ -48,6 +48,7 @@ class Combination:
             ``"aligned"`` (`knots`) or ``"core"`` (`core_ties`).
         prunes: it goes by ``density``.
         fixed_rank: the result is of the largest rank that comes in unless another is asked for.
+        elects: it goes by ``majority_sign_method``.
         paper: its number at arXiv.
         summary: what it does, in one line.
     """
@@ -59,12 +60,22 @@ class Combination:
     fixed_rank: bool
     paper: str
     summary: str
+    elects: bool = False
 
 
 COMBINATIONS: dict[str, Combination] = {}
 
 
-def rule(name: str, space: str, paper: str, *, svd: bool = False, prunes: bool = False) -> Callable[[Rule], Rule]:
+# The share of numbers that stays where none is given.
+DENSITY = 0.5
+
+
+def density_of(chosen: Combination, density: float | None) -> float | None:
+    """What a way to combine goes by; None where it does not prune."""
+    return (DENSITY if density is None else density) if chosen.prunes else None
+
+
+def rule(name: str, space: str, paper: str, *, svd: bool = False, prunes: bool = False, elects: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule; its docstring's first line says what it does.
 
     Args:
@@ -73,10 +84,10 @@ def rule(name: str, space: str, paper: str, *, svd: bool = False, prunes: bool =
 
     def register(function: Rule) -> Rule:
         summary = (function.__doc__ or "").split("\n")[0]
-        COMBINATIONS[name] = Combination(name, function, space, prunes, False, paper, summary)
+        COMBINATIONS[name] = Combination(name, function, space, prunes, False, paper, summary, elects)
         if svd:
             cut = f"{summary.rstrip('.')}; on the change of the weight, cut to a rank."
-            COMBINATIONS[f"{name}_svd"] = Combination(f"{name}_svd", function, "delta", prunes, True, paper, cut)
+            COMBINATIONS[f"{name}_svd"] = Combination(f"{name}_svd", function, "delta", prunes, True, paper, cut, elects)
         return function
 
     return register
@@ -154,7 +165,7 @@ def cat(t: Tensor, w: Tensor, o: Options) -> Tensor:
     return linear(t, w, o)
 
 
-@rule("ties", "factors", "2306.01708", svd=True, prunes=True)
+@rule("ties", "factors", "2306.01708", svd=True, prunes=True, elects=True)
 def ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Trim to the largest numbers, elect a sign, and average who agrees with it."""
     return agreeing(largest(t, o.density), w, o.majority_sign_method)
@@ -166,7 +177,7 @@ def dare_linear(t: Tensor, w: Tensor, o: Options) -> Tensor:
     return linear(drawn(t, o.density, o.generator), w, o)
 
 
-@rule("dare_ties", "factors", "2311.03099", svd=True, prunes=True)
+@rule("dare_ties", "factors", "2311.03099", svd=True, prunes=True, elects=True)
 def dare_ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Drop numbers at random, scale up the rest, elect a sign, and average who agrees with it."""
     return agreeing(drawn(t, o.density, o.generator), w, o.majority_sign_method)
@@ -244,7 +255,7 @@ def della_linear(t: Tensor, w: Tensor, o: Options) -> Tensor:
     return linear(kept_by_rank(t, o), w, o)
 
 
-@rule("della", "delta", "2406.11617", svd=True, prunes=True)
+@rule("della", "delta", "2406.11617", svd=True, prunes=True, elects=True)
 def della(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Drop numbers at random, the small ones of a row rather than the large, elect a sign, and average who agrees with it."""
     return agreeing(kept_by_rank(t, o), w, o.majority_sign_method)
@@ -261,7 +272,7 @@ def breadcrumbs(t: Tensor, w: Tensor, o: Options) -> Tensor:
     return linear(crumbs(t, o), w, o)
 
 
-@rule("breadcrumbs_ties", "delta", "2312.06795", svd=True, prunes=True)
+@rule("breadcrumbs_ties", "delta", "2312.06795", svd=True, prunes=True, elects=True)
 def breadcrumbs_ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Leave out the smallest numbers and the few largest, elect a sign, and average who agrees with it."""
     return agreeing(crumbs(t, o), w, o.majority_sign_method)
@@ -281,13 +292,13 @@ def sce(t: Tensor, w: Tensor, o: Options) -> Tensor:
     return (parts * (parts.sign() == sign)).sum(0) / part.sum(0).clamp_min(1e-12)
 
 
-@rule("knots", "aligned", "2410.19735", prunes=True)
+@rule("knots", "aligned", "2410.19735", prunes=True, elects=True)
 def knots(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """TIES on what the adapters have along the left singular vectors of all of them (KnOTS); of low rank where they are."""
     return ties(t, w, o)
 
 
-@rule("core_ties", "core", "2509.17786", prunes=True)
+@rule("core_ties", "core", "2509.17786", prunes=True, elects=True)
 def core_ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """TIES on the small cores between bases of all left and all right factors (Core Space); of low rank where they are."""
     return ties(t, w, o)

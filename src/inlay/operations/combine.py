@@ -19,7 +19,7 @@ from ..core.plan import Part
 from ..formats.state import adapter_tensors, fill, slots_of_parts
 from ..initializers.svd import precise
 from ..methods.ia3 import IA3Config
-from .arithmetic import COMBINATIONS, Combination, Options, combination, linear
+from .arithmetic import COMBINATIONS, DENSITY, Combination, Options, combination, linear
 from .updates import Effect, Key, Tokens, Update, base_and_configs, config_for, cut, effects, nothing, put
 
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
@@ -60,7 +60,7 @@ def add_weighted_adapter(
             that comes in, where None.
         svd_clamp: limit factors that come of a decomposition to this quantile of their numbers.
         svd_full_matrices, svd_driver: for HF's signature; no full decomposition is made.
-        density: the share of numbers that stays, for types that prune.
+        density: the share of numbers that stays, for types that prune; 0.5 where None.
         majority_sign_method: ``"total"`` or ``"frequency"``, for types that elect signs.
         gamma, epsilon: of breadcrumbs and DELLA, see `Options`.
         seed: of what is drawn.
@@ -85,7 +85,7 @@ def add_weighted_adapter(
         _add_gains(base, adapters, weights, adapter_name)
         return
     found = effects(base, adapters)
-    options = Options(1.0 if density is None else density, majority_sign_method, gamma, epsilon)
+    options = Options(DENSITY if density is None else density, majority_sign_method, gamma, epsilon)
     rank = svd_rank
     if rank is None and chosen.fixed_rank:
         ranks = [u.rank for e in found for u in e.weights.values()]
@@ -101,8 +101,6 @@ def _check(adapters: Sequence[str], weights: Weights, chosen: Combination, densi
     for numbers in weights.values() if isinstance(weights, Mapping) else (weights,):
         if len(numbers) != len(adapters):
             raise ValueError(f"{len(numbers)} weights for {len(adapters)} adapters; give one a piece.")
-    if chosen.prunes and len(adapters) > 1 and density is None:
-        raise ValueError(f"{chosen.name!r} prunes: give `density`, the share of numbers that stays, such as 0.5.")
     if density is not None and density < 0:
         raise ValueError(f"`density` is a share in [0, 1], not {density!r}.")
     if density is not None and density > 1:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.config import PeftType
+from ..core.config import PeftConfig, PeftType
 from ..core.plan import Plan
 from ..core.targets import bare_model, tied_paths
+from ..formats.card import table, write_card
 from ..formats.folder import write_adapter
 from ..formats.state import PREFIX, key_in_file, slots_of_parts
 from ..methods.lora import LoraConfig
@@ -122,13 +123,15 @@ def convert_to_lora(
 
     Arguments and errors as for `conversion`; ``compile_kwargs`` is for HF's signature.
     """
-    _, configs = base_and_configs(model, (adapter_name,))
-    if configs[adapter_name].peft_type == PeftType.LORA:
-        warnings.warn(
-            "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that.", stacklevel=2
-        )
+    _warn_of_lora(model, adapter_name)
     found = conversion(model, rank, adapter_name, progressbar)
     return found.config, found.tensors
+
+
+def _warn_of_lora(model: nn.Module, name: str) -> None:
+    if base_and_configs(model, (name,))[1][name].peft_type == PeftType.LORA:
+        text = "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that."
+        warnings.warn(text, stacklevel=3)
 
 
 def save_as_lora(
@@ -140,5 +143,18 @@ def save_as_lora(
     compile_kwargs: dict[str, Any] | None = None,
 ) -> None:
     """Convert an adapter and write it as LoRA into a folder. Arguments and errors as for `convert_to_lora`."""
-    config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
-    write_adapter(Path(path), {key if key.startswith("base_model.") else PREFIX + key: t for key, t in tensors.items()}, config.to_file())
+    _warn_of_lora(model, adapter_name)
+    found = conversion(model, rank, adapter_name, progressbar)
+    tensors = {key if key.startswith("base_model.") else PREFIX + key: t for key, t in found.tensors.items()}
+    write_adapter(Path(path), tensors, found.config.to_file())
+    write_card(Path(path), model, found.config, origin(found, adapter_name, base_and_configs(model, (adapter_name,))[1][adapter_name]))
+
+
+def origin(found: Conversion, name: str, source: PeftConfig) -> str:
+    """For the card: what was converted, and what that costs."""
+    worst = max(found.layers, key=lambda layer: layer.error)
+    rows = [(f"`{layer.name}`", str(layer.rank), f"{layer.norm:.3g}", f"{layer.error:.1e}") for layer in found.layers]
+    return (
+        f"LoRA in place of the {source.peft_type} adapter `{name}`. What it lacks of that adapter's change of a weight, relative to the "
+        f"change: {worst.error:.1e} at most.\n\n{table(('layer', 'rank', 'norm', 'error'), rows)}"
+    )

@@ -32,7 +32,7 @@ from ..core.tied import Tied
 from ..formats.folder import weight_files, write_json
 from ..formats.state import Slot, _embedding_leaves, _file_key, _said_twice, _with_name, key_in_file, slots
 from ..formats.streaming import AT_ONCE, DTYPES, NAMES, Checkpoint, Entry, Files, Planned, Shard, Writing, read_header, write_index
-from .arithmetic import Combination, Options, combination
+from .arithmetic import DENSITY, Combination, Options, combination
 from .combine import _check as check_combination
 from .combine import combined
 from .disk_base import PACKED, DiskBase, Group, read_config
@@ -209,7 +209,7 @@ class StreamMerge:
         if combine is not None and len(adapters) > 1:
             chosen = combination(combine)
             check_combination([str(a) for a in adapters], strengths, chosen, density, majority_sign_method)
-            options = Options(1.0 if density is None else density, majority_sign_method)
+            options = Options(DENSITY if density is None else density, majority_sign_method)
             self.combining, strengths = Combining(chosen, strengths, options, seed), [1.0] * len(adapters)
         self.config = read_config(self.folder)
         self.checkpoint = Checkpoint.open(self.folder)
