@@ -40,6 +40,7 @@ from .initializers.loftq import LoftQConfig as LoftQConfig
 from .initializers.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
 from .initializers.loraga import LoraGAConfig as LoraGAConfig
 from .initializers.loraga import preprocess_loraga as preprocess_loraga
+from .initializers.start_errors import start_errors as start_errors
 from .methods.adalora import AdaLoraConfig as AdaLoraConfig
 from .methods.adamss import AdamssConfig as AdamssConfig
 from .methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig

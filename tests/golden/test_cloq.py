@@ -141,6 +141,7 @@ def test_outputs_come_nearer_and_the_file_is_that_of_lora(folder: Path, to: str,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = peft.PeftModel.from_pretrained(loaded(folder, to), tmp_path)
+    module: Any
     for module in theirs.modules():
         # On some CPUs the layer rounds its scales for inference. Inlay turns that off.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -151,7 +152,13 @@ def test_outputs_come_nearer_and_the_file_is_that_of_lora(folder: Path, to: str,
 def test_experts_that_the_file_keeps_one_by_one(tmp_path: Path) -> None:
     """The model has them as stacks, and the rows of each are those that were routed to it."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     exact = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=40, num_local_experts=3, num_experts_per_tok=2, initializer_range=0.2))
     exact.save_pretrained(tmp_path)
     assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in load_file(tmp_path / WEIGHTS.replace("adapter_", ""))

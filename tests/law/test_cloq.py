@@ -84,7 +84,7 @@ def inputs() -> Tensor:
     return x * torch.logspace(-0.5, 0.5, 128)[torch.randperm(128, generator=torch.Generator().manual_seed(4))]
 
 
-def on(backend: str) -> nn.Module:
+def on(backend: str) -> Any:
     host = (
         quantize_(nn.Sequential(dense()), backend.removeprefix("inlay-"), skip=[])[0]
         if backend.startswith("inlay-")
@@ -97,7 +97,7 @@ def original() -> nn.Module:
     return Model(dense())
 
 
-def started(backend: str, how: str, iterations: int = 1) -> tuple[float, float, Adapter]:
+def started(backend: str, how: str, iterations: int = 1) -> tuple[float, float, Any]:
     """What is left of the weight and of the outputs on the calibration data."""
     model = get_peft_model(on(backend), LoraConfig(r=8, lora_alpha=12, target_modules=["host"]))
     if how == "loftq":
@@ -115,7 +115,7 @@ OWN = ["inlay-nf4", "inlay-fp4", "inlay-int4", "inlay-int8"]
 
 @pytest.mark.parametrize("backend", [*OWN, *ALL])
 def test_less_is_left_on_every_backend(backend: str) -> None:
-    plain, loftq, calibrated = (started(backend, how) for how in ("plain", "loftq", "cloq"))
+    plain, loftq, calibrated = started(backend, "plain"), started(backend, "loftq"), started(backend, "cloq")
     # Of the weight LoftQ leaves least, of the outputs CLoQ does.
     assert loftq[0] <= calibrated[0] < plain[0]
     assert calibrated[1] < 0.93 * loftq[1] < 0.93 * plain[1]
@@ -127,13 +127,12 @@ def test_less_is_left_on_every_backend(backend: str) -> None:
 @pytest.mark.parametrize("backend", [*OWN, *ALL])
 def test_alternating_on_every_backend(backend: str, how: str) -> None:
     """The weight is quantised again of what the factors left over; the model computes with the new one."""
+    *once, _ = started(backend, how)
+    *often, p = started(backend, how, iterations=4)
     at = 0 if how == "loftq" else 1
-    once, often = started(backend, how), started(backend, how, iterations=4)
     assert often[at] <= once[at]
-    bits = backend.split("-")[1]
-    if bits in ("nf4", "fp4", "int4"):
+    if backend.split("-")[1] in ("nf4", "fp4", "int4"):
         assert often[at] < 0.97 * once[at]
-    p = often[2]
     x, (w, b) = torch.randn(3, 128), p.site.read()
     expected = torch.nn.functional.linear(x.double(), w.double() + product(p), None if b is None else b.double())
     rounds_inputs = backend in ("torchao-int8-dynamic", "bitsandbytes-int8")
@@ -142,7 +141,7 @@ def test_alternating_on_every_backend(backend: str, how: str) -> None:
 
 def test_the_paper_of_loftq_step_by_step() -> None:
     w = dense().weight.detach()
-    q = quantize_(Model(dense()), "nf4", skip=[]).host.weight.dequantize()
+    q = on("inlay-nf4").host.weight.dequantize()
     best = float("inf")
     for _ in range(3):
         u, s, vh = torch.linalg.svd((w - q).double(), full_matrices=False)
@@ -206,7 +205,7 @@ def test_every_layout(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["experts", "experts-transposed"])
 def test_the_inputs_of_experts(layout: str) -> None:
     """Each expert's own, of both its matrices; and the host is as it was afterwards."""
-    model = quantize_(BY_NAME[layout].model(torch.float32), "int8", skip=[])
+    model: Any = quantize_(BY_NAME[layout].model(torch.float32), "int8", skip=[])
     example = BY_NAME[layout].example(torch.float32)
     before, held, way = model(*example), model.host.gate_up_proj, model.host.config._experts_implementation
     attach(model, LoraConfig(r=2, **BY_NAME[layout].targets), "default")
@@ -296,7 +295,7 @@ def test_the_models_own_samples() -> None:
 def test_an_encoder_reads_tokens_at_random() -> None:
     from transformers import BertConfig, BertModel
 
-    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 30}
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 30}
     model = BertModel(BertConfig(**sizes, max_position_embeddings=16))
     (first, *_) = cloq.own_samples(model, rows=4)
     assert first["input_ids"].shape == (4, 16)
@@ -305,10 +304,46 @@ def test_an_encoder_reads_tokens_at_random() -> None:
         cloq.own_samples(original())
 
 
+# ---- the report -------------------------------------------------------------------------------------------------------------
+def test_the_report_is_what_the_starts_leave() -> None:
+    model, held = on("inlay-nf4"), torch.randn(40, 128, generator=torch.Generator().manual_seed(8))
+    report = inlay.start_errors(model, original(), [inputs()], [held], rank=8)
+    (layer,) = report.layers
+    w = dense().weight.detach().double()
+    for how in ("plain", "loftq", "cloq"):
+        left, _, p = started("inlay-nf4", how)
+        outputs = held.double() @ (w - p.site.read()[0].double() - product(p)).mT
+        assert layer.weight[how] == pytest.approx(left / float(w.norm()), rel=1e-4)
+        assert layer.output[how] == pytest.approx(float(outputs.norm() / (held.double() @ w.mT).norm()), rel=1e-4)
+    assert report.output == layer.output
+    assert report.measured_on == "held out"
+
+
+@pytest.mark.parametrize("memory", [1, 2**31])
+def test_the_report_covers_stacks_and_embeddings_without_adapters(memory: int) -> None:
+    for layout, names in (
+        ("experts", {"host.gate_up_proj", "host.down_proj"}),
+        ("embedding", {"host.weight"}),
+        ("conv1d-gpt2", {"host.weight"}),
+    ):
+        model, exact = quantize_(BY_NAME[layout].model(torch.float32), "nf4", skip=[], block=16), BY_NAME[layout].model(torch.float32)
+        example = BY_NAME[layout].example(torch.float32)
+        report = inlay.start_errors(model, exact, lambda model=model, example=example: model(*example), rank=2, damping=1e-9, memory=memory)
+        assert {layer.name for layer in report.layers} == names
+        assert report.measured_on == "calibration"
+        for layer in report.layers:
+            assert layer.output["cloq"] < min(layer.output["loftq"], layer.output["plain"])
+            assert layer.weight["loftq"] < min(layer.weight["cloq"], layer.weight["plain"])
+        mean = sum(layer.output["cloq"] ** 2 for layer in report.layers) / len(report.layers)
+        assert report.output["cloq"] == pytest.approx(mean**0.5)
+    with pytest.raises(ValueError, match="No layer of the model is quantised"):
+        inlay.start_errors(original(), original(), [inputs()])
+
+
 # ---- other methods, and what is refused --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"use_rslora": True, "use_dora": True}])
 def test_variants_start_from_the_same_weight(options: dict[str, Any]) -> None:
-    model = get_peft_model(on("inlay-nf4"), LoraConfig(r=8, target_modules=["host"], **options)).eval()
+    model: Any = get_peft_model(on("inlay-nf4"), LoraConfig(r=8, target_modules=["host"], **options)).eval()
     initialize_lora_cloq_weights(model, original(), [inputs()])
     (p,) = adapters(model.get_base_model())
     wanted = p.site.read()[0].double() + product(p)

@@ -42,7 +42,7 @@ def merge_dense(
     """
     names = session.active if names is None else session.check([names] if isinstance(names, str) else names)
     merging.unmerge(model)
-    found = _quantised(model)
+    found = quantised_sites(model)
     for site, path, place in found:
         if place is not None and (why := next(filter(None, (place.adapters[n].method.unmergeable for n in place.here(names))), "")):
             raise TypeError(why)
@@ -72,7 +72,7 @@ def merge_dense(
     return model
 
 
-def _quantised(model: nn.Module) -> list[tuple[Site, str, Place | None]]:
+def quantised_sites(model: nn.Module) -> list[tuple[Site, str, Place | None]]:
     """The quantised weights of a model, those that are adapted and the others."""
     found: list[tuple[Site, str, Place | None]] = []
     for path, module in base_modules(model):
