@@ -101,12 +101,13 @@ class FrodConfig(Spread):
         kinds: dict[str, str] = {}
         weights: dict[str, dict[int, list[Tensor]]] = {}
         for i, (path, site) in enumerate(sites.items()):
-            w, kind = site.read()[0].detach(), _kind(path)
+            w, kind = site.read()[0].detach().float(), _kind(path)
+            w = w if w.is_meta else w.cpu()
             if kind in weights and next(iter(weights[kind].values()))[0].shape[-1] != w.shape[-1]:
                 kind = f"{kind}_{w.shape[-1]}"
             kinds[path] = kind
             # A stack of weights is as many weights of one kind.
-            weights.setdefault(kind, {})[_number(path, i)] = [m.float().cpu() for m in w.reshape(-1, *w.shape[-2:])]
+            weights.setdefault(kind, {})[_number(path, i)] = list(w.reshape(-1, *w.shape[-2:]))
         bank, generator = Projections(kinds), torch.Generator().manual_seed(self.projection_prng_key)
         for kind, by_layer in sorted(weights.items()):
             v = _joint_basis([m for _, stack in sorted(by_layer.items()) for m in stack], self.regularization_alpha)
@@ -248,7 +249,7 @@ def _joint_basis(matrices: Sequence[Tensor], alpha: float) -> Tensor:
     if len(stacked) < stacked.shape[1]:
         return torch.linalg.svd(stacked, full_matrices=True)[2].mT
     q, r = torch.linalg.qr(stacked)
-    eye = torch.eye(len(r))
+    eye = torch.eye(len(r), device=r.device)
     mean = torch.zeros_like(r)
     for part in q.split([len(m) for m in matrices]):
         mean += torch.linalg.inv(part.mT @ part + alpha * eye)

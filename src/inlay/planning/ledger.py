@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,49 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 FEW = 2048  # elements; a smaller tensor is no account of logits, whatever its last axis
+
+
+aten = torch.ops.aten
+
+
+def _distinct(t: Tensor, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    n = t.numel()
+    return (
+        t.new_empty(n),
+        t.new_empty(t.shape if return_inverse else 0, dtype=torch.long),
+        t.new_empty(n if return_counts else 0, dtype=torch.long),
+    )
+
+
+def _nonzero(t: Tensor) -> Tensor:
+    return t.new_empty(t.numel(), t.ndim, dtype=torch.long)
+
+
+def _indexed(t: Tensor, indices: Sequence[Tensor | None]) -> Any:
+    if all(i is None or i.dtype is not torch.bool for i in indices):
+        return NotImplemented
+    numbers: list[Tensor | None] = []
+    for i in indices:
+        numbers += [i] if i is None or i.dtype is not torch.bool else i.ndim * [i.new_empty(i.numel(), dtype=torch.long)]
+    return aten.index.Tensor(t, numbers)
+
+
+def _holds(t: Tensor) -> Any:
+    return True if t.dtype is torch.bool else NotImplemented
+
+
+# What depends on numbers is taken at its largest, and a condition on them to hold.
+WITHOUT_NUMBERS: dict[Any, Callable[..., Any]] = {
+    aten._unique2.default: _distinct,
+    aten.nonzero.default: _nonzero,
+    aten.index.Tensor: _indexed,
+    aten.masked_select.default: lambda t, mask: t.new_empty(torch.broadcast_shapes(t.shape, mask.shape).numel()),
+    aten._local_scalar_dense.default: _holds,
+    # A sparse matrix stands here for its values, which is most of what it has.
+    aten.sparse_compressed_tensor.comp_plain_value_size: lambda starts, places, values, *_, **__: values,
+    aten.sparse_sampled_addmm.default: lambda pattern, *_, **__: pattern.new_empty(pattern.shape),
+    aten.values.default: Tensor.detach,
+}
 
 
 class Ledger(TorchDispatchMode):
@@ -36,7 +79,10 @@ class Ledger(TorchDispatchMode):
         if any(t is not FakeTensor and is_traceable_wrapper_subclass_type(t) for t in types):
             # It takes itself apart, into operations that come here again.
             return NotImplemented
-        out = func(*args, **(kwargs or {}))
+        answer = WITHOUT_NUMBERS.get(func)
+        out = NotImplemented if answer is None else answer(*args, **(kwargs or {}))
+        if out is NotImplemented:
+            out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, FakeTensor):
                 self.book(t, self._account_of(t))
@@ -99,7 +145,7 @@ def parts_of(t: Tensor) -> list[Tensor]:
     if is_traceable_wrapper_subclass(t):
         names, _ = t.__tensor_flatten__()
         return [part for name in names for part in parts_of(getattr(t, name))]
-    return [t]
+    return [t._indices(), t._values()] if t.is_sparse else [t]
 
 
 def stand_ins(model: nn.Module, mode: FakeTensorMode, device: str = "cpu") -> None:

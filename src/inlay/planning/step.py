@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -61,7 +61,7 @@ class Setting:
         devices: how many take part.
         sharding: ``"ddp"``, each has all of the model, or ``"fsdp"``, each has its share of weights, gradients and states.
         device: ``"cuda"`` counts its context and has attention with dropout in one kernel; ``"cpu"``, ``"mps"``.
-        autocast: compute in ``dtype`` and give float32 back, as `transformers.Trainer` does in half precision; where None, in half precision.
+        autocast: compute in ``dtype`` and give float32 back, as `transformers.Trainer` does; where None, if that is half precision.
         padding: rows of unequal length, so that attention takes a mask.
         loss: ``"model"``, the model's own, of all logits; or ``"chunked"``, TRL's, of a few columns of them at a time.
     """
@@ -227,6 +227,21 @@ class _AsOnGpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@contextmanager
+def _unpacked() -> Iterator[None]:
+    """Rows without padding take no mask. transformers looks at the numbers for that, and makes a mask where there are none."""
+    masking = sys.modules.get("transformers.masking_utils")
+    found = getattr(masking, "find_packed_sequence_indices", None)
+    if masking is None or found is None:
+        yield
+        return
+    masking.find_packed_sequence_indices = lambda *_, **__: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices = found  # type: ignore[attr-defined]
+
+
 class _Step:
     """A model, an adapter in it and a batch, all without memory."""
 
@@ -242,14 +257,14 @@ class _Step:
             from trl.trainer.utils import add_fused_lm_head
 
             add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # type: ignore[arg-type]
-        own = {id(t) for _, _, t in _places(base)}
         self.total = sum(q.numel() for q in base.parameters())
         self.blocks = _blocks(base)
+        own = {id(t) for _, _, t in _places(base)}
         self.model: Any = base if config is None else get_peft_model(base, config, low_cpu_mem_usage=True)
-        self.model.train()
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         places = [(table, name, id(t) in own) for table, name, t in _places(self.model)]
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         stand_ins(self.model, self.mode)
+        self.model.train()
         self.weights = [table[name] for table, name, is_own in places if is_own]
         self.adapters = [table[name] for table, name, is_own in places if not is_own]
         self.trained = [q for q in self.model.parameters() if q.requires_grad]
@@ -291,7 +306,7 @@ class _Step:
             for q in self.trained:
                 ledger.book(q.grad, "gradients")  # type: ignore[arg-type]
         attention: AbstractContextManager[Any] = _AsOnGpu() if asked.device == "cuda" else nullcontext()
-        with self.mode, ledger, attention:
+        with self.mode, ledger, attention, nullcontext() if asked.padding else _unpacked():
             loss, outputs = self._forward()
             ledger.rename_what_went("activations", "workspace")
             forward = len(ledger.entries)
