@@ -111,7 +111,6 @@ def explain_targets(model: nn.Module, config: Method) -> Explanation:
     modules = base_modules(model)
     by_name = dict(modules)
     wanted = effective_targets(model, config)
-    lists = [w for w in (config.layers_to_transform,) if w is not None]
     hit: set[str] = set()
     meant: dict[str, nn.Module] = {}
     for path, module in modules:
@@ -123,7 +122,7 @@ def explain_targets(model: nn.Module, config: Method) -> Explanation:
                 found.frozen.append(path)
             continue
         hit.add(pattern)
-        why = _excluded(config, path) or (_outside_layers(config, path) if lists else None)
+        why = left_out(config, path)
         if why:
             found.excluded[path] = why
         else:
@@ -260,6 +259,11 @@ def _all_linear(model: nn.Module, config: Method) -> Exactly:
     return Exactly(names)
 
 
+def is_meant(wanted: Collection[str], path: str) -> bool:
+    """Whether ``target_modules`` or their like mean this module."""
+    return _hit(wanted, path) is not None
+
+
 def _hit(wanted: Collection[str], path: str) -> str | None:
     """The pattern that means this module."""
     if isinstance(wanted, str):
@@ -267,6 +271,11 @@ def _hit(wanted: Collection[str], path: str) -> str | None:
     if path in wanted or isinstance(wanted, Exactly):
         return path if path in wanted else None
     return next((w for w in wanted if path.endswith(f".{w}")), None)
+
+
+def left_out(config: Method, path: str) -> str | None:
+    """Why a module that the targets mean gets no adapter; None where it gets one."""
+    return _excluded(config, path) or (None if config.layers_to_transform is None else _outside_layers(config, path))
 
 
 def _excluded(config: Method, path: str) -> str | None:

@@ -24,6 +24,7 @@ from ..core.site import Site
 from ..core.targets import base_modules, tied_paths
 from ..core.tied import Tied
 from ..methods.trainable_tokens import TrainableTokensConfig
+from .experts import in_stacks
 
 PREFIX = "base_model.model."
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
@@ -384,7 +385,7 @@ def fill(
         AdapterMismatch: ``strict`` and the two do not fit each other; nothing is changed.
         ValueError: shapes differ and ``ignore_mismatched_sizes`` is not set.
     """
-    pairs, base, report = compare(found, model, tensors, name)
+    pairs, base, report = compare(found, model, in_stacks(found, model, tensors, PREFIX), name)
     if strict and report:
         raise AdapterMismatch(report)
     if report.mismatched_keys and not ignore_mismatched_sizes:
