@@ -107,6 +107,8 @@ from .operations.convert import Conversion as Conversion
 from .operations.convert import conversion as conversion
 from .operations.convert import convert_to_lora as convert_to_lora
 from .operations.convert import save_as_lora as save_as_lora
+from .planning import MemoryPlan as MemoryPlan
+from .planning import plan as plan
 from .prompts.cartridge import CartridgeConfig as CartridgeConfig
 from .prompts.cartridge import compose_cartridge_adapters as compose_cartridge_adapters
 from .prompts.cartridge import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values

@@ -16,13 +16,14 @@ from .inspect import inspect
 from .merge import merge
 from .methods import methods
 from .output import INTERRUPTED, UNEXPECTED, USAGE, fail, prepare
+from .plan import plan
 from .quantize import quantize
 from .quickstart import quickstart
 from .train import MethodCommand, train
 
 app = typer.Typer(
     name="inlay",
-    help="Adapters set flush into a frozen model: train, compare, talk, inspect, merge, combine, convert, diff, extract, list methods.",
+    help="Adapters set flush into a frozen model: plan, train, compare, talk, inspect, merge, combine, convert, diff, extract.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,7 +45,7 @@ def root(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries below say.")] = False,
 ) -> None:
-    """Adapters set flush into a frozen model: train, compare, talk, inspect, merge, combine, convert, diff, extract, list methods."""
+    """Adapters set flush into a frozen model: plan, train, compare, talk, inspect, merge, combine, convert, diff, extract."""
 
 
 app.command(cls=MethodCommand)(train)
@@ -57,6 +58,7 @@ app.command()(convert)
 app.command()(diff)
 app.command()(extract)
 app.command()(methods)
+app.command(cls=MethodCommand)(plan)
 app.command()(quantize)
 app.command()(quickstart)
 

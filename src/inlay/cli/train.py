@@ -63,7 +63,7 @@ def take_adapter_flags(words: list[str], known: set[str], method: str) -> tuple[
             found[name[3:]] = False
             continue
         if name not in fields:
-            raise InputError(unknown_name(name, fields, method, flag))
+            raise InputError(unknown_name(name, fields, method, flag, {flag.lstrip("-").replace("-", "_") for flag in known}))
         following = words[position] if position < len(words) else None
         if equals:
             given: Any = value
@@ -141,6 +141,7 @@ def train(
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="YAML with the same names; flags win. A run.json works too.")] = None,
     method_help: Annotated[bool, typer.Option("--method-help", help="List the fields of --method's config and stop.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what memory the run would need, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything for people goes to stderr.")] = False,
     **flags: Any,
 ) -> None:
@@ -157,6 +158,11 @@ def train(
         _show_method(given.get("method", "lora"), screen, as_json)
         return
     settings = settings_from(given, ctx.meta.get(ADAPTER_FIELDS, {}), config)
+    if plan:
+        from .plan import plan_run
+
+        plan_run(settings, as_json)
+        return
 
     from inlay.training.sft import train as run
 

@@ -177,7 +177,7 @@ def _base(model: Base, asked: Setting, task: str, trust_remote_code: bool) -> nn
     quantization, options = asked.quantization, {"double": asked.double, "skip": asked.skip}
     if callable(model):
         with torch.device("meta"):
-            base = model()
+            base: nn.Module = model()  # type: ignore[assignment]
         base.to(asked.torch_dtype)
     else:
         import transformers
@@ -186,10 +186,8 @@ def _base(model: Base, asked: Setting, task: str, trust_remote_code: bool) -> nn
 
         if task not in AUTO_CLASSES:
             raise ValueError(f"task_type {task!r}: use one of {', '.join(AUTO_CLASSES)}.{nearest(task, AUTO_CLASSES)}")
-        config = model
-        if isinstance(model, str):
-            config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        config = copy.deepcopy(config)
+        remote = {"trust_remote_code": trust_remote_code}
+        config: Any = transformers.AutoConfig.from_pretrained(model, **remote) if isinstance(model, str) else copy.deepcopy(model)
         stored = getattr(config, "quantization_config", None)
         if stored is not None:
             quantization, options = _stored(stored if isinstance(stored, dict) else stored.to_dict())
@@ -198,9 +196,7 @@ def _base(model: Base, asked: Setting, task: str, trust_remote_code: bool) -> nn
         if most and asked.seq_length > most:
             raise ValueError(f"seq_length {asked.seq_length}: the model was made for at most {most} tokens.")
         with torch.device("meta"):
-            base = getattr(transformers, AUTO_CLASSES[task]).from_config(
-                config, dtype=asked.torch_dtype, trust_remote_code=trust_remote_code
-            )
+            base = getattr(transformers, AUTO_CLASSES[task]).from_config(config, dtype=asked.torch_dtype, **remote)
     if quantization != "none":
         quantize_(base, quantization, **options)
     return base
@@ -291,7 +287,7 @@ class _Step:
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
             name = type(self.base).__name__
             raise ValueError(
-                f"{name} with this adapter computes with sizes that depend on numbers ({error}), so the step cannot be planned without them."
+                f"{name} with this adapter computes with sizes that depend on numbers ({error}), without which it cannot be planned."
             ) from error
 
     def _run(self) -> MemoryPlan:
@@ -329,7 +325,7 @@ class _Step:
             outputs = _floats(outputs)
         loss = getattr(outputs, "loss", None) if not isinstance(outputs, dict) else outputs.get("loss")
         if loss is None:
-            loss = sum(t.float().mean() for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad)
+            loss = torch.stack([t.float().mean() for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]).sum()
         return loss, outputs
 
     # ---- what it comes to -----------------------------------------------------------------------------------------------------------

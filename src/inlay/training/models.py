@@ -116,19 +116,28 @@ def _quantised_already(source: str) -> bool:
     return stored.get("quant_method") in ("bitsandbytes", "inlay")
 
 
+def load_config(model: str, trust_remote_code: bool = False) -> Any:
+    """The model's config; ``model`` may also be the file itself.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    source = model if Path(model).is_file() else locate(model)
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--model {model}: {_why_not(error, model)}") from error
+
+
 def context_length(model: str, trust_remote_code: bool = False) -> int:
     """The most tokens the model was made for; a very large number when its config does not say.
 
     Raises:
         InputError: its config cannot be read.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(locate(model), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--model {model}: {_why_not(error, model)}") from error
-    return positions(config)
+    return positions(load_config(model, trust_remote_code))
 
 
 def positions(config: Any) -> int:

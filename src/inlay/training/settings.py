@@ -169,13 +169,16 @@ def resolve(sources: Iterable[dict[str, Any]], adapter_fields: Callable[[str], s
         raise InputError(f"{name}: {first['msg'].lower()}, got {first['input']!r}.") from None
 
 
-def unknown_name(name: str, adapter_fields: set[str], method: str, spelt: str | None = None) -> str:
+def unknown_name(
+    name: str, adapter_fields: set[str], method: str, spelt: str | None = None, settings: Iterable[str] = TRAINING_KEYS
+) -> str:
     """What to say about a flag or key that neither training nor the method's config knows.
 
     Args:
+        settings: those that there are beside the method's.
         spelt: as the user wrote it, ``--lora-alhpa``; the hint is then a flag, too.
     """
-    known = {*TRAINING_KEYS, *adapter_fields}
+    known = {*settings, *adapter_fields}
     foreign = {other: ours for other, ours in KNOWN_ELSEWHERE.items() if ours in known}
     nearest = difflib.get_close_matches(name, [*known, *foreign], n=1, cutoff=0.6)
     hint = ""
