@@ -203,3 +203,17 @@ def test_what_extract_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert run(["extract", *paths, *out]) == 2
         assert why in capsys.readouterr().err
         assert not (tmp_path / "lora").exists()
+
+
+def test_blocks_come_in_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        base = torch.nn.Sequential(*(torch.nn.Linear(5, 5) for _ in range(11)))
+        model = inlay.get_peft_model(base, inlay.LoraConfig(r=2, target_modules="all-linear"))
+        stir(model, seed=seed)
+        model.save_pretrained(tmp_path / name)
+    found = said(["diff", tmp_path / "a", tmp_path / "b"], capsys)["layers"]
+    assert [layer["name"] for layer in found] == [str(i) for i in range(11)]
+    assert run(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    total = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("all of them"))
+    assert float(total[3]) == pytest.approx(sum(layer["norm_a"] ** 2 for layer in found) ** 0.5, rel=1e-2)
+    assert float(total[5]) == pytest.approx(sum(layer["distance"] ** 2 for layer in found) ** 0.5, rel=1e-2)

@@ -45,7 +45,7 @@ def diff(
     except (ValueError, TypeError) as error:
         raise InputError(f"{a}, {b}: {' '.join(str(error).split())}") from error
     if out is not None:
-        draw(layers, out, f"{a.name} and {b.name}")
+        draw(layers, out, f"A: {a.name}, B: {b.name}")
     if as_json:
         emit({"a": str(a), "b": str(b), "from_files_alone": alone, "layers": [asdict(layer) for layer in layers]})
         return
@@ -66,6 +66,11 @@ def _show(layers: list[Any], a: Path, b: Path, out: Path | None, screen: Any) ->
             _number(layer.overlap_out, ".0%"),
             _number(layer.conflicts, ".0%"),
         )
+    from inlay.operations.diff import altogether
+
+    *norms, cosine = altogether(layers)
+    made.add_section()
+    made.add_row("all of them", *(f"{norm:.3g}" for norm in norms), _number(cosine, "+.3f"), "", "", "")
     screen.print(made)
     screen.print(f"[dim]A: {a}; B: {b}; reads, writes: overlap of the subspaces; signs: entries in which they are opposite[/]")
     if out is not None:

@@ -164,35 +164,59 @@ def grid(layers: list[LayerDiff]) -> tuple[list[str], list[str], dict[tuple[str,
     return rows, list(dict.fromkeys(c for _, c in cells)), cells
 
 
-PANELS: Mapping[str, tuple[str, float, float]] = {
-    "cosine": ("cosine of the updates", -1, 1),
-    "overlap_in": ("overlap of what they read", 0, 1),
-    "overlap_out": ("overlap of what they write", 0, 1),
-    "conflicts": ("share of opposite signs", 0, 1),
+# What is shown, its lowest and highest value (None stands for the largest norm there is), and its colours.
+PANELS: Mapping[str, tuple[str, float, float | None, str]] = {
+    "norm_a": ("norm of A", 0, None, "viridis"),
+    "norm_b": ("norm of B", 0, None, "viridis"),
+    "cosine": ("cosine of A and B", -1, 1, "RdBu"),
+    "overlap_in": ("overlap of what they read", 0, 1, "viridis"),
+    "overlap_out": ("overlap of what they write", 0, 1, "viridis"),
+    "conflicts": ("share of opposite signs (chance: 0.5)", 0, 1, "RdBu_r"),
 }
+# Numbers are written into the cells of grids up to this size.
+LEGIBLE = 40, 10
 
 
 def draw(layers: list[LayerDiff], path: Path, title: str = "") -> None:
-    """A heat map of the layers, blocks downwards and kinds of layers across, for each of four measures."""
+    """A heat map of the layers, blocks downwards and kinds of layers across, for each of six measures. Grey is what only one of
+    the adapters changes."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows, columns, cells = grid(layers)
-    figure = Figure(figsize=(4 * (1.5 + 0.45 * len(columns)), 2.5 + 0.28 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(3 * (1.8 + 0.5 * len(columns)), 2 * (1.5 + 0.22 * len(rows))), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, (name, (label, low, high)) in enumerate(PANELS.items(), 1):
-        axes = figure.add_subplot(1, len(PANELS), place)
+    largest = max((max(layer.norm_a, layer.norm_b) for layer in layers), default=1.0)
+    for place, (name, (label, low, high, colours)) in enumerate(PANELS.items(), 1):
+        axes = figure.add_subplot(2, 3, place)
+        axes.set_facecolor("0.85")
         values = [[_value(cells.get((r, c)), name) for c in columns] for r in rows]
-        image = axes.imshow(values, cmap="RdBu" if low < 0 else "viridis", vmin=low, vmax=high, aspect="auto")
-        axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=7)
+        high = largest if high is None else high
+        image = axes.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
+        axes.set_xticks(range(len(columns)), columns if place > 3 else [""] * len(columns), rotation=45, ha="right", fontsize=7)
         axes.set_yticks(range(len(rows)), rows, fontsize=7)
         axes.set_title(label, fontsize=9)
-        figure.colorbar(image, ax=axes, shrink=0.8)
+        axes.set_ylabel("block", fontsize=7)
+        figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
+        if len(rows) <= LEGIBLE[0] and len(columns) <= LEGIBLE[1]:
+            for i, line in enumerate(values):
+                for j, value in enumerate(line):
+                    if not math.isnan(value):
+                        red, green, blue, _ = colormaps[colours]((value - low) / ((high - low) or 1))
+                        dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+                        axes.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=5, color="white" if dark else "black")
     if title:
         figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130, format="png")
+    figure.savefig(path, dpi=150, format="png")
 
 
 def _value(layer: LayerDiff | None, name: str) -> float:
     value = None if layer is None else getattr(layer, name)
-    return math.nan if value is None else value
+    return math.nan if value is None or (name.startswith("norm") and not value) else value
+
+
+def altogether(layers: list[LayerDiff]) -> tuple[float, float, float, float | None]:
+    """Of all layers as one: the norms of A and B, that of their difference, and the cosine."""
+    a, b, distance = (math.sqrt(sum(getattr(layer, name) ** 2 for layer in layers)) for name in ("norm_a", "norm_b", "distance"))
+    return a, b, distance, sum((layer.cosine or 0) * layer.norm_a * layer.norm_b for layer in layers) / (a * b) if a and b else None

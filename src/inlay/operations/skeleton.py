@@ -59,15 +59,23 @@ def skeleton(*files: Mapping[str, Tensor]) -> nn.Module:
     """
     root = nn.Module()
     known: dict[str, tuple[int, ...]] = {}
+    embeddings: set[str] = set()
     for file in files:
         for name, (a, b) in _shapes(file).items():
             path = name.removesuffix("*")
             shape = (*((a.shape[1], b.shape[0]) if name.endswith("*") else (b.shape[0], *a.shape[1:])),)
             if known.setdefault(path, shape) != shape:
                 raise ValueError(f"{path!r} is {known[path]} for one adapter and {shape} for another: they are of different bases.")
-            if path not in dict(root.named_modules()):
-                _set_in(root, path, _host(name.endswith("*"), shape))
+            if name.endswith("*"):
+                embeddings.add(path)
+    for path in sorted(known, key=_in_order):
+        _set_in(root, path, _host(path in embeddings, known[path]))
     return root
+
+
+def _in_order(path: str) -> list[tuple[bool, int, str]]:
+    """By the numbers in a name: files have block 10 before block 2."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
 
 
 def _host(embedding: bool, shape: tuple[int, ...]) -> nn.Module:
