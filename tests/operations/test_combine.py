@@ -74,6 +74,43 @@ def test_every_way_gives_one_adapter_back(kind: str, options: dict[str, Any]) ->
     close(matrix(model, "less"), -2 * matrix(model, "a"), 1e-5)
 
 
+@pytest.mark.parametrize("case", [case for case, _ in acting("linear", once=True)])
+def test_every_method_comes_back_by_every_way(case: str) -> None:
+    """Whatever the way, and its density, which one adapter alone does not feel."""
+    model, example = adapted(case, LINEAR, torch.float32), LINEAR.example(torch.float32)
+    expected = acts(model, "a", example)
+    for kind in COMBINATIONS:
+        add_weighted_adapter(model, ["a"], [1], "new", kind, density=0.3)
+        close(acts(model, "new", example), expected, 1e-6)
+        detach(model, "new")
+
+
+@pytest.mark.parametrize("kind", COMBINATIONS)
+def test_patterns_tokens_and_modules_of_one_adapter_come_back(kind: str) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"rank_pattern": {"body": 5}, "alpha_pattern": {"tokens": 7}, "use_rslora": True, "bias": "all"}
+    options |= {"overrides": {"body": {"use_dora": True}}, "modules_to_save": ["head"], "strength_pattern": {"tokens": 0.5}}
+    model: Any = inlay.get_peft_model(Small(), inlay.LoraConfig(r=2, target_modules=["tokens", "body"], **options), "a").eval()
+    for q in model.parameters():
+        if q.requires_grad:
+            q.data += 0.3 * torch.randn_like(q)
+    with torch.no_grad():
+        expected = model(torch.arange(7))
+        model.add_weighted_adapter(["a"], [1.0], "new", kind)
+        model.set_adapter("new")
+        close(model(torch.arange(7)), expected, 1e-6)
+
+
+def test_a_density_that_is_not_given_is_one_half() -> None:
+    model = linear({"r": 3}, {"r": 2, "seed": 4})
+    for kind in [name for name, way in COMBINATIONS.items() if way.prunes]:
+        for name, options in (("plain", {}), ("said", {"density": 0.5})):
+            add_weighted_adapter(model, ["a", "b"], [1, 0.7], name, kind, seed=3, **options)
+        assert torch.equal(matrix(model, "plain"), matrix(model, "said"))
+        for name in ("plain", "said"):
+            detach(model, name)
+
+
 def test_an_activated_lora_stays_one() -> None:
     model = linear({"alora_invocation_tokens": [3]}, {"alora_invocation_tokens": [3], "r": 2}, {"alora_invocation_tokens": [4]}, {})
     add_weighted_adapter(model, ["a", "b"], [0.5, 2], "new", "cat")
