@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from typing import Any
 
@@ -152,6 +153,70 @@ def test_eight_threads_with_eight_adapters() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def served() -> tuple[Any, Tensor, dict[str, Tensor]]:
+    """A model with four adapters, an input, and what each makes of it."""
+    torch.manual_seed(0)
+    model = inlay.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), _lora(0), "0")
+    for i in range(1, 4):
+        model.add_adapter(str(i), _lora(i))
+    model.eval()
+    x, expected = torch.randn(2, 4), {}
+    for name in map(str, range(4)):
+        with model.use_adapters(name), torch.no_grad():
+            expected[name] = model(x)
+    return model, x, expected
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tasks_that_take_turns_keep_their_adapters(compiled: bool) -> None:
+    """Asyncio tasks of one thread, each inside its block while the others run."""
+    torch._dynamo.reset()
+    model, x, expected = served()
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+
+    async def serve(name: str) -> list[bool]:
+        right = []
+        with model.use_adapters(name):
+            for _ in range(20):
+                await asyncio.sleep(0)
+                right.append(torch.allclose(run(x), expected[name]))
+        return right
+
+    async def all_of_them() -> list[list[bool]]:
+        return await asyncio.gather(*map(serve, expected))
+
+    assert all(all(right) for right in asyncio.run(all_of_them()))
+
+
+def test_a_compiled_model_tells_threads_apart() -> None:
+    """Each block of a thread holds for that thread's runs of a graph, whatever other threads do at the time."""
+    torch._dynamo.reset()
+    model, x, expected = served()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    wrong: list[str] = []
+    together = threading.Barrier(4, timeout=60)
+
+    def serve(name: str) -> None:
+        with torch.no_grad():
+            for _ in range(100):
+                with model.use_adapters(name):
+                    together.wait()
+                    if not torch.allclose(compiled(x), expected[name]):
+                        wrong.append(name)
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    with model.use_adapters("1"), model.use_adapters("2"):
+        torch.testing.assert_close(compiled(x), expected["2"])
+    torch.testing.assert_close(compiled(x), expected["0"])
+    rows = compiled(x, adapter_names=["3", "__base__"])
+    torch.testing.assert_close(rows[0], expected["3"][0])
 
 
 def _lora(seed: int) -> inlay.LoraConfig:

@@ -42,8 +42,24 @@ class Choice(NamedTuple):
 # What the methods of a model took from the call of it that is running, by the adapters' names: see `Method.given`.
 Call = dict[str, dict[str, Tensor]]
 
-_local: ContextVar[tuple[tuple[Session, Choice], ...]] = ContextVar("inlay_choices", default=())
-_calls: ContextVar[tuple[tuple[Session, Call], ...]] = ContextVar("inlay_calls", default=())
+_local: ContextVar[tuple[tuple[Session, Choice], ...]] = ContextVar("inlay_choices")
+_calls: ContextVar[tuple[tuple[Session, Call], ...]] = ContextVar("inlay_calls")
+
+
+class _Here(tuple[()]):
+    """What holds in this thread and task, for a compiled graph as well.
+
+    torch.compile cannot trace a context variable. But a property that C code answers it takes for a value, and a graph is guarded by
+    it: read again before each run, in the thread and the task that runs it. Where nothing is set ``get`` returns its argument, which
+    is the empty tuple that this is.
+    """
+
+    __slots__ = ()
+    choices = property(_local.get)
+    calls = property(_calls.get)
+
+
+_here = _Here()
 
 
 @dataclass(eq=False)
@@ -56,9 +72,8 @@ class Session:
         enabled: whether they act.
         trainable: the adapters that are trained while they are active.
         frozen: base parameters that had been trainable; the last detaching sets them free again.
-        traced: the innermost local choice of any thread. torch.compile cannot read a context variable, so a compiled graph
-            is guarded by this attribute instead; it follows ``with`` blocks, but does not tell threads apart.
-        traced_call: likewise what the innermost running call of the model gave to its adapters.
+        traced: while a graph is traced, the innermost choice that was made within it; torch.compile cannot set a context variable.
+        traced_call: likewise what the innermost call of the model within it gave to its adapters.
         listening: the adapters that take something from the model's call.
         adds_to_loss: the model's calls add the methods' terms to its loss; a trainer that adds them itself takes that over.
         in_loss: the adapters whose terms the last call of the model has added to its loss.
@@ -71,7 +86,7 @@ class Session:
     trainable: set[str] = field(default_factory=set)
     frozen: list[nn.Parameter] = field(default_factory=list)
     traced: Choice | None = None
-    traced_call: Call = field(default_factory=dict)
+    traced_call: Call | None = None
     in_loss: tuple[str, ...] = ()
     listening: set[str] = field(default_factory=set)
     adds_to_loss: bool = True
@@ -79,13 +94,11 @@ class Session:
 
     def choice(self) -> Choice:
         """Who acts here and now."""
-        if torch.compiler.is_compiling():
-            if self.traced is not None:
-                return self.traced
-        else:
-            for session, choice in reversed(_local.get()):
-                if session is self:
-                    return choice
+        if torch.compiler.is_dynamo_compiling() and self.traced is not None:
+            return self.traced
+        for session, choice in reversed(_here.choices):
+            if session is self:
+                return choice
         return Choice(self.active if self.enabled else ())
 
     @property
@@ -117,7 +130,7 @@ class Session:
     @property
     def chosen_here(self) -> bool:
         """Whether a block of this thread or task has chosen."""
-        return not torch.compiler.is_compiling() and any(session is self for session, _ in _local.get())
+        return not torch.compiler.is_dynamo_compiling() and any(session is self for session, _ in _here.choices)
 
     @contextmanager
     def local(self, names: Sequence[str] = (), rows: Sequence[str | Sequence[str]] | None = None) -> Iterator[None]:
@@ -136,36 +149,45 @@ class Session:
     @contextmanager
     def under(self, choice: Choice) -> Iterator[None]:
         """A choice that was made before holds in this thread or task until the block ends."""
-        before = self.traced
-        token = None if torch.compiler.is_compiling() else _local.set((*_local.get(), (self, choice)))
-        self.traced = choice
+        if torch.compiler.is_dynamo_compiling():
+            before, self.traced = self.traced, choice
+            try:
+                yield
+            finally:
+                self.traced = before
+            return
+        token = _local.set((*_here.choices, (self, choice)))
         try:
             yield
         finally:
-            self.traced = before
-            if token is not None:
-                _local.reset(token)
+            _local.reset(token)
 
     # ---- what the running call gave -----------------------------------------------------------------------------------
     @property
     def call(self) -> Call:
         """What the adapters took from the call of the model that is running in this thread or task."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling() and self.traced_call is not None:
             return self.traced_call
-        return next((call for session, call in reversed(_calls.get()) if session is self), {})
+        for session, call in reversed(_here.calls):
+            if session is self:
+                return call
+        return {}
 
     @contextmanager
     def calling(self, call: Call) -> Iterator[None]:
         """The layers are told this of the model's call until the block ends."""
-        before = self.traced_call
-        token = None if torch.compiler.is_compiling() else _calls.set((*_calls.get(), (self, call)))
-        self.traced_call = call
+        if torch.compiler.is_dynamo_compiling():
+            before, self.traced_call = self.traced_call, call
+            try:
+                yield
+            finally:
+                self.traced_call = before
+            return
+        token = _calls.set((*_here.calls, (self, call)))
         try:
             yield
         finally:
-            self.traced_call = before
-            if token is not None:
-                _calls.reset(token)
+            _calls.reset(token)
 
     def narrowed(self, rows: Sequence[int]) -> AbstractContextManager[None]:
         """The layers are told of these rows of the batch alone."""
@@ -195,7 +217,7 @@ class CarriedChoice:
             with self.session.under(choice), self.session.calling(call):
                 return function(*inputs, **named)
 
-        return self.checkpoint(function if torch.compiler.is_compiling() else run, *args, **kwargs)
+        return self.checkpoint(function if torch.compiler.is_dynamo_compiling() else run, *args, **kwargs)
 
 
 def carry_choices(model: nn.Module, session: Session) -> None:
