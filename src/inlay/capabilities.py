@@ -23,7 +23,8 @@ from .core.families import Rotation
 from .core.inner import Inner
 from .core.method import Additive, LowRank, Method
 from .core.site import Read, Site, Stack, site_of
-from .methods.lora import LoraConfig
+from .initializers import NAMES
+from .initializers.started import Started, no_factors
 
 # One host of each layout, with sizes that differ.
 HOSTS: dict[str, Callable[[], Site]] = {
@@ -82,7 +83,8 @@ class Capabilities:
         count: the same as a number, with default options for a layer of 4096 x 4096; None where the defaults do not fit it.
         shared: how many numbers all layers have in common, with default options and one such layer.
         fields: its own options; ``common`` are those of all methods.
-        starts: what its factors can start from, beside true and false.
+        starts: what its tensors can start from, beside true and false.
+        no_starts: why those that are functions of the weight or of data are not among them; empty where they are.
         lines: of its file.
     """
 
@@ -105,6 +107,7 @@ class Capabilities:
     fields: list[Field] = field(default_factory=list)
     common: list[str] = field(default_factory=list)
     starts: list[str] = field(default_factory=list)
+    no_starts: str = ""
     lines: int = 0
 
 
@@ -139,16 +142,16 @@ def capabilities(name: str) -> Capabilities:
         fields=own,
         common=common,
         starts=_starts(cls, module),
+        no_starts=no_factors(cls) if issubclass(cls, Method) else "",
         lines=len(source.splitlines()),
         **found,
     )
 
 
 def _starts(cls: type[PeftConfig], module: Any) -> list[str]:
-    if issubclass(cls, LoraConfig):
-        from .initializers import NAMES
-
-        return list(NAMES)
+    if issubclass(cls, Started):
+        method = example(cls)
+        return [name for name in (*NAMES, *cls.own_inits) if not method.unfit(name.partition("_niter_")[0])]
     return list(getattr(module, "INITS", ()))
 
 

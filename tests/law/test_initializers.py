@@ -139,12 +139,12 @@ def test_pissa_of_awkward_weights() -> None:
     # In single precision nothing but the outlier would be right.
     close(w - b @ a, u[:, 3:] * s[3:] @ v[:, 3:].mT, 1e-6)
     w[:, 3:] = 0
-    a, b = alive(*pissa(w, 8, 2.0), 8, 2.0)
+    a, b = alive(*pissa(w, 8, 2.0), 8)
     close(2.0 * b @ a, w, 1e-6)
     # The ranks that there are not start as those of LoRA do, so that they can learn.
     assert (a.norm(dim=-1) > 0).all()
     assert not b[:, 3:].any()
-    a, b = alive(*pissa(drawn(3, 5), 4, 1.0), 4, 1.0)
+    a, b = alive(*pissa(drawn(3, 5), 4, 1.0), 4)
     assert a.shape == (4, 5)
     assert b.shape == (3, 4)
     close(b @ a, drawn(3, 5))

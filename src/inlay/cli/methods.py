@@ -58,6 +58,8 @@ def _show_one(each: Any, screen: Any) -> None:
     facts.add_row("trains", " ".join(filter(None, [each.parameters or "see the paper", _size(each)])))
     if each.starts:
         facts.add_row("starts from", short(", ".join(each.starts)))
+    if each.no_starts:
+        facts.add_row("" if each.starts else "starts from", f"[dim]{short(each.no_starts, 400)}[/]")
     facts.add_row("merges", "yes, and back to the bit" if each.merges else f"no: {each.why_not}")
     facts.add_row("to LoRA", {"exact": "exactly", "svd": "by SVD of what it adds", "": "no"}[each.to_lora])
     facts.add_row("rows of a batch", "each may have its own adapter" if each.mixes else "no")

@@ -13,16 +13,22 @@ M = TypeVar("M", bound="Method")
 
 @cache
 def mixed_in(idea: type[Method], method: type[M]) -> type[M]:
-    """``method`` with ``idea`` in front of it. The class is in no module, so its objects are pickled by the two."""
-    body = {"__module__": method.__module__, "__reduce__": _reduced}
+    """``method`` with ``idea`` in front of it. The class is in no module, so its objects are pickled by what it is made of."""
+    body = {"__module__": method.__module__, "__reduce__": _reduced, "mixed": (idea, method)}
     return type(f"{idea.__name__}{method.__name__}", (idea, method), body)  # type: ignore[return-value]
 
 
 def _reduced(self: Method) -> tuple[Any, ...]:
-    return _revived, (*type(self).__bases__, self.__dict__)
+    ideas, cls = [], type(self)
+    while "mixed" in vars(cls):
+        idea, cls = vars(cls)["mixed"]
+        ideas.append(idea)
+    return _revived, (tuple(ideas), cls, self.__dict__)
 
 
-def _revived(idea: type[Method], method: type[Method], state: dict[str, Any]) -> Method:
-    made = object.__new__(mixed_in(idea, method))
+def _revived(ideas: tuple[type[Method], ...], cls: type[Method], state: dict[str, Any]) -> Method:
+    for idea in reversed(ideas):
+        cls = mixed_in(idea, cls)
+    made = object.__new__(cls)
     made.__dict__.update(state)
     return made

@@ -108,7 +108,7 @@ def compensate(place: Place, p: Adapter, w: Tensor, root: Tensor | None = None, 
     assert kept is not None
     if iterations > 1:
         store.put(site.module, site.name, held)
-    for value, new in zip(values, alive(*kept, r, scaling), strict=True):
+    for value, new in zip(values, alive(*kept, r), strict=True):
         value.copy_(new)
     # What depends on the factors, such as DoRA's magnitudes.
     method.start(p)

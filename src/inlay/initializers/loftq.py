@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.method import LowRank, Method, Param, full, zeros
+from ..core.method import Method, Param, full, zeros
 from ..core.mixins import mixed_in
-from ..core.site import Site
+from ..core.site import Embedding, Site
 from ..kernels.blockwise import rounded
 from .compensation import compensate, quantised_layers
 from .offset import alive
 from .pissa import pissa
+from .started import Started
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -63,15 +64,16 @@ def quantized(site: Site, w: Tensor, r: int, bits: int, iterations: int) -> Tens
     return q
 
 
-class Loftq(LowRank):
-    """Mixed in front of `LoraConfig` or a variant of it: the weight beneath the update is the rounded one."""
+class Loftq(Started):
+    """Mixed in front of a method: the weight beneath the update is the rounded one."""
 
-    if TYPE_CHECKING:
-
-        def names(self, site: Site) -> tuple[str, str]: ...
+    @property
+    def base(self) -> str:
+        return f"{self.prefix}base"
 
     def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
-        if self.r != small.method.r and LoftQConfig(**self.loftq_config).loftq_iter > 1:  # type: ignore[attr-defined]
+        r = small.method.rank_at(small.site)  # type: ignore[attr-defined]
+        if self.rank_at(p.site) != r and LoftQConfig(**self.loftq_config).loftq_iter > 1:
             raise ValueError("from two rounds of LoftQ on the rounded weight beneath the update is another one for each rank")
         return super().padded(p, small)
 
@@ -79,9 +81,9 @@ class Loftq(LowRank):
         if not site.store.dense:
             return (
                 "it is quantised already, so the weight before rounding, whose loss the factors of LoftQ make up for, is gone; "
-                "start from init_lora_weights=True and call `replace_lora_weights_loftq`, which reads that weight from the base's file"
+                f"start from {self.init_option}=True and call `replace_lora_weights_loftq`, which reads that weight from the base's file"
             )
-        r = super().params(site)[self.names(site)[0]].shape(site)[-2]
+        r = self.rank_at(site)
         if r >= min(site.shape[-2:]):
             return f"factors of rank {r} hold all of its {' x '.join(map(str, site.shape[-2:]))} numbers, so nothing would be quantised"
         return super().refuses(site)
@@ -89,30 +91,33 @@ class Loftq(LowRank):
     def params(self, site: Site) -> dict[str, Param]:
         declared = super().params(site)
         declared |= {name: replace(declared[name], init=zeros) for name in self.names(site)}
-        return declared | {"lora_base": Param(("out", "in"), zeros, trainable=False, persistent=False, dtype=site.dtype)}
+        return declared | {self.base: Param(("out", "in"), zeros, trainable=False, persistent=False, dtype=site.dtype)}
 
     def derive(self, p: Adapter) -> None:
         super().derive(p)
-        options = LoftQConfig(**self.loftq_config)  # type: ignore[attr-defined]
-        a, _ = self.names(p.site)
-        r = self.params(p.site)[a].shape(p.site)[-2]
+        options = LoftQConfig(**self.loftq_config)
         with torch.no_grad():
-            p.lora_base.copy_(quantized(p.site, p.site.read()[0], r, options.loftq_bits, options.loftq_iter))
+            w = p.site.read()[0]
+            self.rounded(p).copy_(quantized(p.site, w, self.rank_at(p.site), options.loftq_bits, options.loftq_iter))
+
+    def rounded(self, p: Adapter) -> Tensor:
+        """The weight beneath the update."""
+        return getattr(p, self.base)
 
     @torch.no_grad()
     def start(self, p: Adapter) -> None:
-        a, b = (getattr(p, name) for name in self.names(p.site))
-        found = pissa(full(p.site.read()[0]) - full(p.lora_base), a.shape[-2], self.scaling)
-        for old, new in zip((a, b), alive(*found, a.shape[-2], self.scaling), strict=True):
+        r = self.rank_at(p.site)
+        found = pissa(full(p.site.read()[0]) - full(self.rounded(p)), r, self.scaling)
+        for old, new in zip(self.tensors(p), self.placed(p.site, *alive(*found, r)), strict=True):
             old.copy_(new)
         super().start(p)
-        magnitude = getattr(p, "lora_magnitude_vector", None)
+        magnitude = getattr(p, f"{self.prefix}magnitude_vector", None)
         if magnitude is not None:
-            magnitude.copy_((full(p.lora_base) + full(self.delta(p))).norm(dim=-1))
+            magnitude.copy_((full(self.rounded(p)) + full(self.delta(p))).norm(dim=-1))
 
     def _lost(self, p: Adapter) -> Tensor:
         """What rounding takes from the weight."""
-        return full(p.lora_base) - full(p.site.read()[0])
+        return full(self.rounded(p)) - full(p.site.read()[0])
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         lost = self._lost(p)
@@ -122,9 +127,11 @@ class Loftq(LowRank):
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         from ..core.inner import Inner
 
-        if p.strength != 1:
-            return Method.around(self, p, inner, x)
         site = inner.site
+        # Where a decomposed update is folded, what rounding takes is in the fold already.
+        folds = self.use_dora and (isinstance(site, Embedding) or site.size("channel") != site.size("out"))
+        if folds or p.strength != 1:
+            return Method.around(self, p, inner, x)
 
         def call(x: Tensor) -> Tensor:
             if dense is not None:
@@ -136,11 +143,11 @@ class Loftq(LowRank):
             w, b = inner.params()
             return full(w) + self._lost(p), b
 
-        dense = (p.lora_base, inner.dense[1]) if inner.dense is not None else None
+        dense = (self.rounded(p), inner.dense[1]) if inner.dense is not None else None
         return super().around(p, Inner(site, call, params, dense, inner.bias, (inner.args, inner.kwargs)), x)
 
 
-def loftq(method: type[LowRank]) -> type[LowRank]:
+def loftq(method: type[Started]) -> type[Started]:
     """The class of a low-rank method over a rounded weight."""
     return mixed_in(Loftq, method)
 

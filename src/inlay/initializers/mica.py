@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..core.method import LowRank, Param, zeros
+from ..core.method import Param, zeros
 from ..core.mixins import mixed_in
 from ..core.site import Site
+from .started import Started
 from .svd import precise, singular_vectors
 
 if TYPE_CHECKING:
@@ -28,36 +29,31 @@ def minor_directions(w: Tensor, r: int) -> Tensor:
     return u[..., -r:]
 
 
-class Mica(LowRank):
-    """Mixed in front of `LoraConfig` or a variant of it: B is frozen and A starts from zero."""
-
-    if TYPE_CHECKING:
-
-        def names(self, site: Site) -> tuple[str, str]: ...
+class Mica(Started):
+    """Mixed in front of a method: B is frozen, and A starts from zero, unless what stands between the two does."""
 
     def refuses(self, site: Site) -> str | None:
-        declared = super().params(site)
-        r = declared[self.names(site)[0]].shape(site)[-2]
-        most = min(site.shape[-2:])
+        r, most = self.rank_at(site), min(site.shape[-2:])
         if r > most:
-            return f"it has {most} minor directions, which is less than the rank of {r} that init_lora_weights='mica' asks for"
+            return f"it has {most} minor directions, which is less than the rank of {r} that {self.init_option}='mica' asks for"
+        if self.params(site)[self.names(site)[-1]].shape(site)[-2] != site.size("out"):
+            return "its kernel is decomposed behind the core tensor, so what would have to be the minor directions is no free matrix"
         return super().refuses(site)
 
     def params(self, site: Site) -> dict[str, Param]:
         declared = super().params(site)
-        a, b = self.names(site)
-        declared[a] = replace(declared[a], init=zeros)
+        a, *between, b = self.names(site)
+        if not any(declared[name].init is zeros for name in between):
+            declared[a] = replace(declared[a], init=zeros)
         declared[b] = replace(declared[b], init=zeros, trainable=False)
         return declared
 
     def start(self, p: Adapter) -> None:
-        _, b = self.names(p.site)
-        kept = getattr(p, b)
+        kept = self.tensors(p)[-1]
         kept.copy_(minor_directions(p.site.read()[0].detach(), kept.shape[-1]))
         super().start(p)
 
 
-def mica(method: type[LowRank]) -> type[LowRank]:
+def mica(method: type[Started]) -> type[Started]:
     """The class of a low-rank method that trains behind the weight's minor directions."""
     return mixed_in(Mica, method)
-

@@ -4,7 +4,8 @@ HF peft overwrites the weight with the residual ``W - s B0 A0``, so that the pro
 stays, and the adapter adds what has changed since: ``s (B A - B0 A0)``. That is the same function on the same files, it starts
 from the base exactly, also from a quantised one, and it can be merged, switched and taken out like any other.
 
-It is written as ``(B - B0) A + B0 (A - A0)``, one product of twice the rank whose terms are as small as the change.
+It is written as ``(B - B0) A + B0 (A - A0)``, one product of twice the rank whose terms are as small as the change. What a method
+makes of its ranks, it makes of either half.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.method import LowRank, Method, Param, generator_for, kaiming_uniform, zeros
+from ..core.method import Method, Param, generator_for, kaiming_uniform, zeros
 from ..core.mixins import mixed_in
 from ..core.site import Site
+from .started import Started
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -42,70 +44,69 @@ class Starter(NamedTuple):
     again: bool = True
 
 
-class Offset(LowRank):
-    """Mixed in front of `LoraConfig` or a variant of it, for ``init_lora_weights`` that start from the weight or from data.
+class Offset(Started):
+    """Mixed in front of a method for starts whose product is not zero.
 
-    The start is kept in two frozen buffers. What follows from the base is computed again when an adapter is loaded; what came
-    from data (``from_data``) goes to the file, in two tensors beside HF's.
+    The start is kept in frozen buffers. What follows from the base is computed again when an adapter is loaded; what came from
+    data (``from_data``) goes to the file, in tensors beside HF's.
     """
-
-    if TYPE_CHECKING:
-
-        def names(self, site: Site) -> tuple[str, str]: ...
 
     @property
     def starter(self) -> Starter:
         from . import STARTS
 
-        return STARTS[str(self.init_lora_weights).partition("_niter_")[0]]  # type: ignore[attr-defined]
+        return STARTS[self.start_name]
+
+    def kept(self, site: Site) -> dict[str, str]:
+        """The buffers of the start, by the names of the tensors that started there."""
+        return {name: f"{self.prefix}{name.rpartition('_')[2]}_start" for name in self.names(site)}
 
     def params(self, site: Site) -> dict[str, Param]:
-        declared = super().params(site)
-        a, b = self.names(site)
-        for name, of in (("lora_A_start", a), ("lora_B_start", b)):
-            declared[of] = replace(declared[of], init=zeros)
-            data = self.starter.from_data
-            declared[name] = replace(declared[of], key=f"{name}.weight", trainable=False, persistent=data, optional=data)
+        declared, data = super().params(site), self.starter.from_data
+        for name, kept in self.kept(site).items():
+            declared[name] = replace(declared[name], init=zeros)
+            declared[kept] = replace(declared[name], key=f"{kept}.weight", trainable=False, persistent=data, optional=data)
         return declared
 
     def derive(self, p: Adapter) -> None:
         super().derive(p)
-        if not self.starter.again and any(getattr(p, name).any() for name in self.names(p.site)):
-            raise ValueError(unknown_start(str(self.init_lora_weights), p.path))  # type: ignore[attr-defined]
+        if not self.starter.again and any(t.any() for t in self.tensors(p)):
+            raise ValueError(unknown_start(self.start_name, p.path))
         waiting = isinstance(p.shared, Starts) and p.path in p.shared
         starts = p.shared if waiting else Starts({p.path: p.site}, lambda _: self)
-        a, b = starts.take(p.path)
-        p.lora_A_start.copy_(a)
-        p.lora_B_start.copy_(b)
+        with torch.no_grad():
+            for kept, value in zip(self.kept(p.site).values(), self.placed(p.site, *starts.take(p.path)), strict=True):
+                getattr(p, kept).copy_(value)
 
     def start(self, p: Adapter) -> None:
-        a, b = self.names(p.site)
-        getattr(p, a).data.copy_(p.lora_A_start)
-        getattr(p, b).data.copy_(p.lora_B_start)
+        for name, kept in self.kept(p.site).items():
+            getattr(p, name).data.copy_(getattr(p, kept))
         super().start(p)
 
     def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
         """Beyond the smaller rank stands the start, which is taken off again."""
-        values, (a, b) = super().padded(p, small), self.names(p.site)
+        values, kept = super().padded(p, small), self.kept(p.site)
+        if len(kept) > 2:
+            raise ValueError(f"it consists of {', '.join(kept)}, whose starts are bound to one another")
+        (a, a_start), (b, b_start) = kept.items()
         r = getattr(small, a).shape[-2]
-        for name, start in ((a, p.lora_A_start), (b, p.lora_B_start.mT)):
+        for value, start in ((values[a], getattr(p, a_start)), (values[b].mT, getattr(p, b_start).mT)):
             if not self.starter.from_data:
-                value = values[name] if name == a else values[name].mT
                 value[..., r:, :] = start[..., r:, :]
         return values
 
-    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        a, b = super().factors(p)
-        return torch.cat((a, a - p.lora_A_start), -2), torch.cat((b - p.lora_B_start, p.lora_B_start), -1)
+    def whole(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        a, b = super().whole(p)
+        a_start, b_start = self.joined(p.site, *(getattr(p, kept) for kept in self.kept(p.site).values()))
+        return torch.cat((a, a - a_start), -2), torch.cat((b - b_start, b_start), -1)
 
-    def trained(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        return super().factors(p)
+    def moving(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        return super().whole(p)
 
 
-def offset(method: type[LowRank]) -> type[LowRank]:
+def offset(method: type[Started]) -> type[Started]:
     """The class of a low-rank method that starts from factors whose product is not zero."""
     return mixed_in(Offset, method)
-
 
 
 def unknown_start(init: str, path: str) -> str:
@@ -159,16 +160,13 @@ class Starts(nn.Module):
 
     def _kind(self, path: str) -> tuple[Any, ...]:
         site, method = self.sites[path], self.methods[path]
-        return site.shape, site.device, method.r, method.scaling, method.init_lora_weights  # type: ignore[attr-defined]
+        return site.shape, site.device, method.rank_at(site), method.scaling, method.init
 
     @torch.no_grad()
     def _compute(self, paths: Sequence[str]) -> None:
         method, sites = self.methods[paths[0]], [self.sites.pop(path) for path in paths]
         site = sites[0]
-        a_name, _ = method.names(site)
-        r = method.params(site)[a_name].shape(site)[-2]
-        factors = method.starter.find(sites, method, paths)
-        a, b = alive(*factors, r, method.scaling)
+        a, b = alive(*method.starter.find(sites, method, paths), method.rank_at(site))
         self.found |= {path: (a[i], b[i]) for i, path in enumerate(paths)}
         for path in paths:
             del self.methods[path]
@@ -177,7 +175,7 @@ class Starts(nn.Module):
             self.progress(self.done, self.total)
 
 
-def alive(a: Tensor, b: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+def alive(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Factors of rank r. Ranks that the weight does not have, where both factors would be zero for ever, start as those of LoRA do.
 
     Args:

@@ -36,3 +36,10 @@ def _half(scaling: float, half: int) -> Init:
             tensor.copy_(torch.randn(*tensor.shape[:-1], r // 2, generator=generator) @ columns / 10 / scaling**0.5)
 
     return start
+
+
+def orthonormal(tensor: Tensor, generator: torch.Generator) -> None:
+    """Orthonormal rows, or columns where there are more rows than columns."""
+    long, short = max(tensor.shape[-2:]), min(tensor.shape[-2:])
+    basis = torch.linalg.qr(torch.randn(*tensor.shape[:-2], long, short, generator=generator)).Q
+    tensor.copy_(basis if tensor.shape[-2] == long else basis.mT)

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..core.config import PeftConfig, PeftType
-from ..core.method import Additive, Init, LowRank, Method, Param, normal, register, zeros
+from ..core.method import Additive, Init, LowRank, Method, Param, generator_for, normal, register, zeros
 from ..core.site import Site
+from ..initializers import STARTS
+from ..initializers.plain import orthonormal
+from ..initializers.svd import singular_vectors_of_product
 from .lora import LoraConfig
 
 if TYPE_CHECKING:
@@ -68,7 +71,8 @@ class Ranked(Param):
 @register
 @dataclass
 class AdaLoraConfig(LoraConfig):
-    """AdaLoRA; of LoRA's options it takes those of the targets, ``lora_alpha``, ``lora_dropout``, ``alpha_pattern``, ``use_dora``.
+    """AdaLoRA; of LoRA's options it takes those of the targets, ``lora_alpha``, ``lora_dropout``, ``alpha_pattern``, ``use_dora``,
+    and starts at which the values E are zero or make up for what LoftQ loses.
 
     Args:
         target_r: the ranks that an adapted weight keeps in the end, on average.
@@ -104,6 +108,9 @@ class AdaLoraConfig(LoraConfig):
         "dropout": {"init_r": 4, "total_step": 10, "lora_dropout": 0.3},
         "random": {"init_r": 3, "total_step": 10, "lora_alpha": 0, "init_lora_weights": False},
         "dora": {"init_r": 4, "total_step": 10, "use_dora": True},
+        "orthogonal": {"init_r": 3, "total_step": 10, "init_lora_weights": "orthogonal"},
+        "mica": {"init_r": 3, "total_step": 10, "init_lora_weights": "mica"},
+        "loftq": {"init_r": 2, "total_step": 10, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
     }
     patterns: ClassVar[dict[str, str]] = {"alpha_pattern": "lora_alpha"}
     size_option: ClassVar[str] = "init_r"
@@ -114,12 +121,9 @@ class AdaLoraConfig(LoraConfig):
     ranks: ClassVar[list[int] | None] = None
 
     def __post_init__(self) -> None:
-        if self.loftq_config:
-            raise ValueError("AdaLoRA starts from zero, so there is nothing for `loftq_config` to do; leave it out.")
-        # The starts of LoRA do not apply; what they are called matters no more than that it is not False.
-        start, self.init_lora_weights = self.init_lora_weights, bool(self.init_lora_weights)
+        if self.loftq_config and self.init_lora_weights != "loftq":
+            raise ValueError("There is nothing for `loftq_config` to do without init_lora_weights='loftq'; leave it out.")
         super().__post_init__()
-        self.init_lora_weights = start
         if self.lora_bias:
             raise ValueError("AdaLoRA has no `lora_bias`; use `bias='lora_only'` to retrain the biases.")
         if self.r != 8:
@@ -145,15 +149,27 @@ class AdaLoraConfig(LoraConfig):
         alpha = self.lora_alpha if self.lora_alpha > 0 else self.init_r
         return alpha / (self.init_r + 1e-5)
 
-    @property
-    def never_identity(self) -> str:
-        return "" if self.init_lora_weights else "it starts from random values (init_lora_weights=False)"
+    def unfit(self, start: str) -> str:
+        if start in STARTS:
+            return (
+                "a rank is taken away by setting its value to zero, which has to be the base, and with this start it would be the base "
+                "without a part of it"
+            )
+        # "orthogonal" takes orthonormal vectors here, and no halves of the rank.
+        return ""
+
+    def check_init(self) -> None:
+        # HF peft takes any name of a start and has none of them. Its files can be read; a new adapter is told (`start`).
+        if not self.unfit(self.start_name):
+            super().check_init()
+
+    def start(self, p: Adapter) -> None:
+        if why := self.unfit(self.start_name):
+            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is no start of AdaLoRA: {why}. Use 'eva', 'mica' or True.")
+        super().start(p)
 
     def variant(self) -> Method:
         return Additive.variant(self)
-
-    def shared(self, sites: Mapping[str, Site]) -> nn.Module | None:
-        return None
 
     def at(self, path: str) -> Method:
         method = copy.copy(LowRank.at(self, path))
@@ -165,20 +181,30 @@ class AdaLoraConfig(LoraConfig):
     def refuses(self, site: Site) -> str | None:
         return None
 
-    def names(self, site: Site) -> tuple[str, str]:
-        return "lora_A", "lora_B"
+    def names(self, site: Site) -> tuple[str, ...]:
+        return "lora_A", "lora_E", "lora_B"
+
+    def joined(self, site: Site, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        a, e, b = tensors
+        return a * e, b
+
+    def placed(self, site: Site, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        """The product's singular triplets. Ranks that it has not have orthonormal vectors all the same."""
+        if not b.any():
+            other = torch.empty(b.shape)
+            orthonormal(other, generator_for(0, "placed"))
+            return a, a.new_zeros(*a.shape[:-1], 1), other.to(b)
+        u, s, v = singular_vectors_of_product(b, a)
+        return v.mT, s.unsqueeze(-1), u
 
     def params(self, site: Site) -> dict[str, Param]:
         rows = self.init_r if self.ranks is None else len(self.ranks)
-        vectors: Init = normal(0.02) if self.init_lora_weights else normal()
+        vectors: Init = orthonormal if self.init_lora_weights == "orthogonal" else normal(0.02 if self.init_lora_weights else 1.0)
         return {
             "lora_A": Ranked((rows, "in"), vectors, method=self, axis=-2),
             "lora_E": Ranked((rows, 1), zeros if self.init_lora_weights else normal(), method=self, axis=-2),
             "lora_B": Ranked(("out", rows), vectors, method=self, axis=-1),
         }
-
-    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        return p.lora_A * p.lora_E, p.lora_B
 
     def delta_bias(self, p: Adapter) -> Tensor | None:
         return None
@@ -353,8 +379,7 @@ def _weigh(p: Adapter, beta1: float, beta2: float) -> None:
     """Moving averages of ``|q dL/dq|``, by which the loss changes without the number q, and of how much that varies."""
     known, new = p.__dict__.get("_importance", {}), {}
     for name in ("lora_A", "lora_E", "lora_B"):
-        q = p._parameters[name]
-        assert q is not None
+        q = getattr(p, name)
         now = torch.zeros_like(q) if q.grad is None else (q * q.grad).abs()
         mean, spread = known.get(name, (torch.zeros_like(q), torch.zeros_like(q)))
         mean = beta1 * mean + (1 - beta1) * now

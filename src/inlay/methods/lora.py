@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .. import initializers
 from ..core.adapter import Adapter
 from ..core.config import PeftType
-from ..core.method import Init, LowRank, Method, Param, normal, register, zeros
+from ..core.method import Init, Method, Param, normal, register, zeros
 from ..core.site import Embedding, Linear, Site, TransposedLinear, _AnyConv
 from ..initializers.plain import gaussian, orthogonal, uniform
+from ..initializers.started import LoraRuntimeConfig as LoraRuntimeConfig
+from ..initializers.started import Started
 
 
 def _help(text: str) -> dict[str, Any]:
@@ -67,19 +68,6 @@ def is_linear(site: Site) -> bool:
     return isinstance(site, (Linear, TransposedLinear)) and not isinstance(site, Embedding)
 
 
-@dataclass
-class LoraRuntimeConfig:
-    """Options of a session that are never written to a file.
-
-    Args:
-        ephemeral_gpu_offload: for HF's signature; nothing here needs it.
-        progress: called with the number of layers whose start has been computed, and of all, where starts take time.
-    """
-
-    ephemeral_gpu_offload: bool = False
-    progress: Callable[[int, int], object] | None = None
-
-
 def _term_of(option: str) -> Callable[..., Tensor | float]:
     def term(model: Any, adapter_names: str | Sequence[str] | None = None) -> Tensor | float:
         """What adapters add to the loss in training, where their model's own loss does not have it.
@@ -100,7 +88,7 @@ def _term_of(option: str) -> Callable[..., Tensor | float]:
 
 @register
 @dataclass
-class LoraConfig(LowRank):
+class LoraConfig(Started):
     """LoRA and its options; HF peft's fields.
 
     Args:
@@ -144,10 +132,6 @@ class LoraConfig(LowRank):
     alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata=_help("Other alphas by module pattern."))
     megatron_config: dict[str, Any] | None = field(default=None, metadata=_help("For HF's files."))
     megatron_core: str | None = field(default="megatron.core", metadata=_help("For HF's files."))
-    loftq_config: Any = field(default_factory=dict, metadata=_help("Options of init_lora_weights=loftq."))
-    eva_config: Any = field(default=None, metadata=_help("Options of init_lora_weights=eva."))
-    corda_config: Any = field(default=None, metadata=_help("Options of init_lora_weights=corda."))
-    lora_ga_config: Any = field(default=None, metadata=_help("Options of init_lora_weights=lora_ga."))
     use_dora: bool = field(default=False, metadata=_help("Weight decomposition: train the rows' magnitudes apart."))
     velora_config: Any = field(default=None, metadata=_help("Keep compressed inputs for the backward pass."))
     alora_invocation_tokens: list[int] | None = field(default=None, metadata=_help("Act from the last occurrence of these tokens on."))
@@ -155,9 +139,6 @@ class LoraConfig(LowRank):
     qalora_group_size: int = field(default=16, metadata=_help("Inputs in a group of use_qalora."))
     monteclora_config: Any = field(default=None, metadata=_help("Draw A anew in each training step."))
     layer_replication: list[tuple[int, int]] | None = field(default=None, metadata=_help("Ranges of blocks through which the base is run."))
-    runtime_config: LoraRuntimeConfig = field(
-        default_factory=LoraRuntimeConfig, metadata=_help("Options of this session.") | {"in_file": False}
-    )
     lora_bias: bool = field(default=False, metadata=_help("A bias in B."))
     use_bdlora: Any = field(default=None, metadata=_help("A block-diagonal factor."))
     arrow_config: Any = field(default=None, metadata=_help("Route each token to the adapters that fit it."))
@@ -190,6 +171,7 @@ class LoraConfig(LowRank):
         "kasa": {"r": 4, "lora_alpha": 6, "kasa_config": {}},
         "kasa-dropout": {"r": 2, "kasa_config": {}, "lora_dropout": 0.3},
         "loftq": {"r": 2, "lora_alpha": 3, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 2}},
+        "loftq-dora": {"r": 2, "init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 1}, "use_dora": True},
     }
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
     # The tensors that stand behind the scale.
@@ -199,11 +181,10 @@ class LoraConfig(LowRank):
         "_get_monteclora_loss": _term_of("monteclora_config"),
     }
     ours: ClassVar[frozenset[str]] = frozenset({"overrides", "seed"})
+    init_option: ClassVar[str] = "init_lora_weights"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.runtime_config, dict):
-            self.runtime_config = LoraRuntimeConfig(**self.runtime_config)
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
             raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
         if isinstance(self.lora_alpha, float) and self.lora_alpha.is_integer():
@@ -211,9 +192,7 @@ class LoraConfig(LowRank):
             self.lora_alpha = int(self.lora_alpha)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` is a share in [0, 1), not {self.lora_dropout!r}.")
-        initializers.check(self)
-        if self.init_lora_weights == "orthogonal" and self.r % 2:
-            raise ValueError(f"init_lora_weights='orthogonal' splits the rank in two halves; r={self.r} is odd.")
+        self.check_init()
         self._check_variant()
         if self.use_dora and self.lora_bias:
             raise ValueError("`lora_bias` cannot be combined with `use_dora`: the bias is outside the decomposition.")
@@ -264,15 +243,22 @@ class LoraConfig(LowRank):
     @property
     def never_identity(self) -> str:
         chosen = self.variant()
-        return initializers.never_identity(self) if type(chosen).never_identity is type(self).never_identity else chosen.never_identity
+        return super().never_identity if type(chosen).never_identity is type(self).never_identity else chosen.never_identity
 
     def at(self, path: str) -> Method:
         found = super().at(path)
-        return initializers.initialized(found.seated(path) if isinstance(found, LoraConfig) else found)
+        return found.seated(path) if isinstance(found, LoraConfig) else found
 
     def seated(self, path: str) -> Method:
         """The variant as it is for the module of this name."""
         return self
+
+    def prepare(self, base: nn.Module) -> None:
+        super().prepare(base)
+        if self.peft_type == PeftType.LORA:
+            from ..formats.experts import mean_stacks
+
+            mean_stacks(self, base)
 
     def rebuild(self, base: nn.Module) -> Callable[[], None] | None:
         if not self.layer_replication:
@@ -280,9 +266,6 @@ class LoraConfig(LowRank):
         from ..operations.replicate import replicate
 
         return replicate(base, self.layer_replication)
-
-    def shared(self, sites: Mapping[str, Site]) -> nn.Module | None:
-        return initializers.starts(self, sites)
 
     def refuses(self, site: Site) -> str | None:
         groups = getattr(site.module, "groups", 1) if isinstance(site, _AnyConv) else 1
@@ -336,10 +319,6 @@ class LoraConfig(LowRank):
             # HF starts an embedding's update with the other factor at zero: what is looked up is then dense.
             return (zeros, normal()) if init else (normal(), normal())
         return gaussian(self.r) if init == "gaussian" else uniform(bool(init))
-
-    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        a, b = self.names(p.site)
-        return getattr(p, a), getattr(p, b)
 
     def delta_bias(self, p: Adapter) -> Tensor | None:
         if not self.lora_bias:

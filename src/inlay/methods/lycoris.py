@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core.config import nearest
 from ..core.method import Additive, Init, LowRank, Param, full, ones, zeros
 from ..core.site import Site
+from ..initializers.started import Started
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -125,6 +126,13 @@ class Lycoris(Additive):
         rank("r", self.r)
         share("rank_dropout", self.rank_dropout)
         share("module_dropout", self.module_dropout)
+        self.check_init()
+
+    def check_init(self) -> None:
+        """
+        Raises:
+            ValueError: there is no such start.
+        """
         init = self.init_weights
         if not isinstance(init, bool) and init != "lycoris":
             raise ValueError(f"Unknown init_weights={init!r}.{nearest(str(init), ['lycoris'])} Known: True, False, lycoris.")
@@ -173,20 +181,35 @@ class Lycoris(Additive):
         return change if kept is None else change * kept.unsqueeze(-1)
 
 
-class Drawn(LowRank):
-    """A method of low rank that draws which ranks take part in a training step: it gives `drawn`."""
+class Drawn(Started):
+    """A method of low rank that draws which ranks take part in a training step: it gives `shares`."""
 
-    def drawn(self, p: Adapter) -> tuple[Tensor, Tensor] | None:
-        """`factors` as this step of a training has them; None where all ranks take part."""
+    def shares(self, p: Adapter) -> Tensor | None:
+        """What each rank is multiplied with in this step of a training, ``(r,)``; None where all take part as they are."""
         raise NotImplementedError
+
+    def drawn(self, p: Adapter) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None] | None:
+        """`whole` and `moving` as this step of a training has them."""
+        shares = self.shares(p)
+        if shares is None:
+            return None
+
+        def some(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+            return a, b * shares.repeat(b.shape[-1] // len(shares))
+
+        moving = self.moving(p)
+        return some(*self.whole(p)), None if moving is None else some(*moving)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         drawn = self.drawn(p) if p.training else None
-        return self.with_factors(p, inner, x, *(drawn or self.factors(p)))
+        if drawn is None:
+            return super().around(p, inner, x)
+        (a, b), moving = drawn
+        return self.with_factors(p, inner, x, a, b, moving)
 
     def thinned(self, p: Adapter, change: Tensor) -> Tensor:
         drawn = self.drawn(p)
         if drawn is not None:
-            a, b = map(full, drawn)
+            a, b = map(full, drawn[0])
             change = change + p.strength * (self.scaling * (b @ a) - self.delta(p))
         return LowRank.thinned(self, p, change)
