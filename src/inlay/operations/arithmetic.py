@@ -50,6 +50,7 @@ class Combination:
         fixed_rank: the result is of the largest rank that comes in unless another is asked for.
         elects: it goes by ``majority_sign_method``.
         paper: its number at arXiv.
+        formula: of tensors t_i, one an adapter, and their weights w_i; D_i is the change of the weight, whatever the method.
         summary: what it does, in one line.
     """
 
@@ -59,6 +60,7 @@ class Combination:
     prunes: bool
     fixed_rank: bool
     paper: str
+    formula: str
     summary: str
     elects: bool = False
 
@@ -75,7 +77,9 @@ def density_of(chosen: Combination, density: float | None) -> float | None:
     return (DENSITY if density is None else density) if chosen.prunes else None
 
 
-def rule(name: str, space: str, paper: str, *, svd: bool = False, prunes: bool = False, elects: bool = False) -> Callable[[Rule], Rule]:
+def rule(
+    name: str, space: str, paper: str, formula: str, *, svd: bool = False, prunes: bool = False, elects: bool = False
+) -> Callable[[Rule], Rule]:
     """Register a rule; its docstring's first line says what it does.
 
     Args:
@@ -84,10 +88,11 @@ def rule(name: str, space: str, paper: str, *, svd: bool = False, prunes: bool =
 
     def register(function: Rule) -> Rule:
         summary = (function.__doc__ or "").split("\n")[0]
-        COMBINATIONS[name] = Combination(name, function, space, prunes, False, paper, summary, elects)
+        COMBINATIONS[name] = Combination(name, function, space, prunes, False, paper, formula, summary, elects)
         if svd:
             cut = f"{summary.rstrip('.')}; on the change of the weight, cut to a rank."
-            COMBINATIONS[f"{name}_svd"] = Combination(f"{name}_svd", function, "delta", prunes, True, paper, cut, elects)
+            of_rank = f"the best of rank r for {formula.replace('t_i', 'D_i')}"
+            COMBINATIONS[f"{name}_svd"] = Combination(f"{name}_svd", function, "delta", prunes, True, paper, of_rank, cut, elects)
         return function
 
     return register
@@ -153,50 +158,66 @@ def agreeing(t: Tensor, w: Tensor, method: str) -> Tensor:
 
 
 # ---- HF peft's ----------------------------------------------------------------------------------------------------------
-@rule("linear", "factors", "2212.04089")
+@rule("linear", "factors", "2212.04089", "sum_i w_i t_i")
 def linear(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """The weighted sum; of LoRA's factors one by one, of anything else exactly."""
     return weighted(t, w).sum(0)
 
 
-@rule("cat", "sum", "2212.04089")
+@rule("cat", "sum", "2212.04089", "sum_i w_i D_i")
 def cat(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """The weighted sum, exactly: ranks side by side."""
     return linear(t, w, o)
 
 
-@rule("ties", "factors", "2306.01708", svd=True, prunes=True, elects=True)
+@rule(
+    "ties",
+    "factors",
+    "2306.01708",
+    "mean of w_i trim(t_i) over the i that agree with sign(sum_i trim(t_i))",
+    svd=True,
+    prunes=True,
+    elects=True,
+)
 def ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Trim to the largest numbers, elect a sign, and average who agrees with it."""
     return agreeing(largest(t, o.density), w, o.majority_sign_method)
 
 
-@rule("dare_linear", "factors", "2311.03099", svd=True, prunes=True)
+@rule("dare_linear", "factors", "2311.03099", "sum_i w_i drop(t_i)", svd=True, prunes=True)
 def dare_linear(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Drop numbers at random, scale up the rest, and sum."""
     return linear(drawn(t, o.density, o.generator), w, o)
 
 
-@rule("dare_ties", "factors", "2311.03099", svd=True, prunes=True, elects=True)
+@rule(
+    "dare_ties",
+    "factors",
+    "2311.03099",
+    "mean of w_i drop(t_i) over the i that agree with sign(sum_i drop(t_i))",
+    svd=True,
+    prunes=True,
+    elects=True,
+)
 def dare_ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Drop numbers at random, scale up the rest, elect a sign, and average who agrees with it."""
     return agreeing(drawn(t, o.density, o.generator), w, o.majority_sign_method)
 
 
-@rule("magnitude_prune", "factors", "2306.01708", svd=True, prunes=True)
+@rule("magnitude_prune", "factors", "2306.01708", "sum_i w_i trim(t_i)", svd=True, prunes=True)
 def magnitude_prune(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Trim to the largest numbers, and sum."""
     return linear(largest(t, o.density), w, o)
 
 
 # ---- ours ---------------------------------------------------------------------------------------------------------------
-@rule("soup", "sum", "2203.05482")
+@rule("soup", "sum", "2203.05482", "sum_i w_i D_i / sum_i w_i")
 def soup(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """The mean, by shares: a model soup."""
     return linear(t, shares(w), o)
 
 
-@rule("karcher", "invariant", "")
+@rule("karcher", "invariant", "", "L m, with m the mean of the D_i / |D_i| on the sphere and L that of the |D_i|")
 def karcher(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """The mean of directions on the sphere (Karcher 1977), by shares, at the mean of the lengths."""
     flat, w = t.flatten(1), shares(w).to(t)
@@ -221,7 +242,7 @@ def karcher(t: Tensor, w: Tensor, o: Options) -> Tensor:
     return ((w * lengths).sum() * mean).view_as(t[0])
 
 
-@rule("slerp", "invariant", "")
+@rule("slerp", "invariant", "", "(sin((1 - s) a) D_1 + sin(s a) D_2) / sin a, with a the angle between them and s = w_2 / (w_1 + w_2)")
 def slerp(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """From one adapter to the other along the sphere (Shoemake 1985), by shares; of more than two, their Karcher mean."""
     if len(t) != 2:
@@ -249,13 +270,21 @@ def kept_by_rank(t: Tensor, o: Options) -> Tensor:
     return torch.where(kept, t / chance, 0)
 
 
-@rule("della_linear", "delta", "2406.11617", svd=True, prunes=True)
+@rule("della_linear", "delta", "2406.11617", "sum_i w_i magprune(D_i)", svd=True, prunes=True)
 def della_linear(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Drop numbers at random, the small ones of a row rather than the large, scale up the rest, and sum."""
     return linear(kept_by_rank(t, o), w, o)
 
 
-@rule("della", "delta", "2406.11617", svd=True, prunes=True, elects=True)
+@rule(
+    "della",
+    "delta",
+    "2406.11617",
+    "mean of w_i magprune(D_i) over the i that agree with sign(sum_i magprune(D_i))",
+    svd=True,
+    prunes=True,
+    elects=True,
+)
 def della(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Drop numbers at random, the small ones of a row rather than the large, elect a sign, and average who agrees with it."""
     return agreeing(kept_by_rank(t, o), w, o.majority_sign_method)
@@ -266,19 +295,34 @@ def crumbs(t: Tensor, o: Options) -> Tensor:
     return largest(t, min(o.density + o.gamma, 1)) - largest(t, o.gamma)
 
 
-@rule("breadcrumbs", "delta", "2312.06795", svd=True, prunes=True)
+@rule("breadcrumbs", "delta", "2312.06795", "sum_i w_i crumbs(D_i)", svd=True, prunes=True)
 def breadcrumbs(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Leave out the smallest numbers and the few largest, and sum."""
     return linear(crumbs(t, o), w, o)
 
 
-@rule("breadcrumbs_ties", "delta", "2312.06795", svd=True, prunes=True, elects=True)
+@rule(
+    "breadcrumbs_ties",
+    "delta",
+    "2312.06795",
+    "mean of w_i crumbs(D_i) over the i that agree with sign(sum_i crumbs(D_i))",
+    svd=True,
+    prunes=True,
+    elects=True,
+)
 def breadcrumbs_ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Leave out the smallest numbers and the few largest, elect a sign, and average who agrees with it."""
     return agreeing(crumbs(t, o), w, o.majority_sign_method)
 
 
-@rule("sce", "delta", "2408.07990", svd=True, prunes=True)
+@rule(
+    "sce",
+    "delta",
+    "2408.07990",
+    "sum of e_i D_i over the i that agree with the sign of the sum, over the sum of their e_i = w_i |D_i|^2, where the D_i differ most",
+    svd=True,
+    prunes=True,
+)
 def sce(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Select numbers in which the adapters differ most, weigh each adapter by its energy there, erase the minority's signs."""
     if len(t) == 1:
@@ -292,18 +336,26 @@ def sce(t: Tensor, w: Tensor, o: Options) -> Tensor:
     return (parts * (parts.sign() == sign)).sum(0) / part.sum(0).clamp_min(1e-12)
 
 
-@rule("knots", "aligned", "2410.19735", prunes=True, elects=True)
+@rule("knots", "aligned", "2410.19735", "U S ties(V_1, ..., V_n), with [D_1 ... D_n] = U S [V_1 ... V_n]", prunes=True, elects=True)
 def knots(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """TIES on what the adapters have along the left singular vectors of all of them (KnOTS); of low rank where they are."""
     return ties(t, w, o)
 
 
-@rule("core_ties", "core", "2509.17786", prunes=True, elects=True)
+@rule(
+    "core_ties",
+    "core",
+    "2509.17786",
+    "U ties(U' D_1 V, ..., U' D_n V) V', with U and V bases of all B_i and all A_i'",
+    prunes=True,
+    elects=True,
+)
 def core_ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """TIES on the small cores between bases of all left and all right factors (Core Space); of low rank where they are."""
     return ties(t, w, o)
 
 
 COMBINATIONS["svd"] = Combination(
-    "svd", linear, "sum", False, True, "2212.04089", "The weighted sum, cut exactly to the rank of the largest adapter."
-)
+    "svd", linear, "sum", False, True, "2212.04089", "the best of rank r for sum_i w_i D_i",
+    "The weighted sum, cut exactly to the rank of the largest adapter.",
+)  # fmt: skip
