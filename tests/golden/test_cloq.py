@@ -192,3 +192,22 @@ def test_gpt2_and_its_transposed_weights(tmp_path: Path) -> None:
         left[how] = float((logits(model) - logits(exact)).norm())
     assert left["cloq"] < 0.8 * left["loftq"]
     assert left["loftq"] < left["plain"]
+
+
+@pytest.mark.parametrize("by", ["inlay", "bitsandbytes"])
+def test_a_base_that_was_quantised_again_is_saved_along(by: str, folder: Path, tmp_path: Path) -> None:
+    """With the alternation the adapter belongs to another base, which is one like any other."""
+
+    def model() -> Any:
+        return inlay.from_pretrained_quantized(folder, "nf4", dtype=torch.float32) if by == "inlay" else loaded(folder)
+
+    ours = inlay.get_peft_model(model(), inlay.LoraConfig(r=8, target_modules="all-linear"))
+    inlay.initialize_lora_cloq_weights(ours, folder, [{"input_ids": IDS}], iterations=3)
+    wanted = logits(ours)
+    ours.save_pretrained(tmp_path / "adapter")
+    ours.unload().save_pretrained(tmp_path / "base")
+    again = inlay.from_pretrained_quantized(tmp_path / "base", dtype=torch.float32)
+    torch.testing.assert_close(logits(inlay.PeftModel.from_pretrained(again, tmp_path / "adapter")), wanted, rtol=1e-4, atol=1e-4)
+    # On the base as it was, what the adapter makes up for is something else.
+    before = inlay.PeftModel.from_pretrained(model(), tmp_path / "adapter")
+    assert (logits(before) - wanted).norm() > 0.1 * wanted.norm()
