@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from importlib.util import find_spec
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -16,7 +15,6 @@ from torch.nn import functional as F
 
 from inlay.kernels.quantised import (
     FORMATS,
-    dequantize_blocks,
     dequantize_rows,
     dequantize_scales,
     dynamic_levels,
@@ -210,23 +208,3 @@ def test_any_other_operation_sees_the_numbers() -> None:
     assert torch.equal(stack[1].dequantize(), stack.dequantize()[1])
     assert isinstance(stack[1], QuantizedTensor)
     assert "nf4" in repr(q)
-
-
-# Collected only where Triton is there: its interpreter needs it as well.
-if find_spec("triton") is not None:
-
-    @pytest.mark.parametrize("to", ["nf4", "fp4", "int4"])
-    def test_on_a_gpu_or_its_interpreter(to: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        where = "cuda" if torch.cuda.is_available() else "cpu"
-        if where == "cpu":
-            monkeypatch.setenv("TRITON_INTERPRET", "1")
-        from inlay.kernels.quantised_triton import dequantize_on_gpu, few_rows_on_gpu
-
-        w, x = weight(33, 70).to(where), torch.randn(3, 70, device=where)
-        codes, scales = quantize_blocks(w, to, 64)
-        by_code = levels(to, w.device)
-        expected = dequantize_blocks(codes.cpu(), scales.cpu(), to, 64, w.numel(), torch.float32).view(33, 70)
-        found = dequantize_on_gpu(codes, scales, by_code, 64, w.numel(), torch.empty(w.numel(), device=where))
-        assert torch.equal(found.view(33, 70).cpu(), expected)
-        product = few_rows_on_gpu(x, codes, scales, by_code, 64, (33, 70)).cpu()
-        torch.testing.assert_close(product, x.cpu() @ expected.T, rtol=1e-5, atol=1e-6)

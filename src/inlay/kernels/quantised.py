@@ -210,7 +210,7 @@ def dequantize_blocks(codes: Tensor, scales: Tensor, to: str, block: int, n: int
         if has_triton():
             from .quantised_triton import dequantize_on_gpu
 
-            return dequantize_on_gpu(flat, scales, levels(to, flat.device), block, n, out)
+            return dequantize_on_gpu(flat, scales, levels(to, flat.device), block, out)
         return out.copy_(_formula(flat, scales, to, block, n))
     if flat.device.type != "cpu":
         return out.copy_(_formula(flat, scales, to, block, n))
@@ -243,6 +243,11 @@ def dequantize_rows(codes: Tensor, largest: Tensor, dtype: torch.dtype, out: Ten
         codes: ``(rows, width)``, int8. largest: ``(rows,)``, float32.
         out: ``(rows, width)`` to write to.
     """
+    if codes.device.type == "cuda" and has_triton() and not traced(codes):
+        from .quantised_triton import dequantize_on_gpu
+
+        out = torch.empty(codes.shape, dtype=dtype, device=codes.device) if out is None else out
+        return dequantize_on_gpu(codes.contiguous(), largest, largest, codes.shape[-1], out)
     numbers = out.copy_(codes) if out is not None and out.dtype == torch.float32 else codes.float()
     numbers = numbers * largest.unsqueeze(-1) * (1 / 127) if out is None else numbers.mul_(largest.unsqueeze(-1)).mul_(1 / 127)
     return numbers.to(dtype) if out is None else (out if numbers is out else out.copy_(numbers))

@@ -331,10 +331,14 @@ def _product(x: Tensor, q: QuantizedTensor) -> Tensor:
     """``x q`` for ``x (rows, .)``, in pieces of the stored matrix."""
     dtype = q.compute_dtype or x.dtype
     rows = x.to(dtype)
-    if q.device.type == "cuda" and q.transposed and len(rows) <= 8 and q.to_format != "int8" and has_triton():
-        from .quantised_triton import few_rows_on_gpu
+    if q.device.type == "cuda" and has_triton() and dtype.itemsize <= 4 and not traced(q.codes):
+        from .quantised_triton import FEW_ROWS, product_on_gpu
 
-        return few_rows_on_gpu(rows, q.codes, q.scales, levels(q.to_format, q.device), q.block, q.stored).to(x.dtype)
+        if len(rows) <= FEW_ROWS:
+            scales = q.scales
+            whole = q.to_format == "int8"
+            table, block = (scales, q.stored[1]) if whole else (levels(q.to_format, q.device), q.block)
+            return product_on_gpu(rows, q.codes, scales, table, block, q.stored, q.transposed).to(x.dtype)
     pieces = q.pieces(dtype)
     if traced(q.codes):
         (_, _, w), *_ = pieces
