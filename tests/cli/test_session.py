@@ -107,6 +107,7 @@ def test_settings_come_from_yaml_and_flags_win(session: Any) -> None:
         ("bad value", "--r many: input should be a valid integer"),
         ("no target", "q_prj"),
         ("too short", "no answer token is left within 8 tokens; raise --max-length"),
+        ("compare nf5", "--quantization nf5: give none, nf4, fp4, int4, int8. Did you mean nf4?"),
         ("compare nothing", "give --data held_out.jsonl, or --prompt"),
         ("inspect nothing", "rum: no such folder. Did you mean run?"),
         ("merge again", "exists already; name a new folder"),
@@ -133,6 +134,17 @@ def test_compare_measures_base_and_tuned_on_the_same_rows(session: Any) -> None:
     assert interval["low"] <= interval["difference"] <= interval["high"] < 0
     assert perplexity["verdict"] == "better"
     assert [answer["reference"] for answer in result["answers"]] == [f"It is {number}." for number in range(50, 56)]
+
+
+def test_compare_and_chat_keep_the_base_as_its_training_did(session: Any) -> None:
+    """The dense base has another perplexity; who wants that says so."""
+    assert session["train nf4"].code == 0, session["train nf4"].err
+    quantised, checkpoint, dense = (session[n].json for n in ("compare nf4", "compare a checkpoint", "compare nf4 on dense"))
+    assert [r["quantization"] for r in (quantised, checkpoint, dense)] == ["nf4", "nf4", "none"]
+    base = [r["metrics"]["perplexity"]["base"] for r in (quantised, checkpoint, dense, session["compare json"].json)]
+    assert base[0] == base[1] != base[2] == base[3]
+    assert "in nf4 with" in " ".join(session["chat nf4"].err.split())
+    assert json.loads(session["chat nf4"].out)["by"] == "tuned"
 
 
 def test_compare_shows_own_prompts_with_their_brackets(session: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .output import console
-from .tuned import Device, Dtype, Model, Tuned, load
+from .tuned import Device, Dtype, Model, Quantization, Tuned, load
 
 HELP = "/base switches between base and tuned · /reset forgets the conversation · /quit leaves"
 
@@ -23,15 +23,17 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", help="A system message to begin with.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 512,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token, always.")] = 0.0,
+    quantization: Quantization = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout for each answer.")] = False,
 ) -> None:
     """Talk to a model, with its adapter or without."""
     screen = console(to_stderr=as_json)
-    tuned = load(model, adapter, dtype, device)
+    tuned = load(model, adapter, dtype, device, quantization)
     conversation = Conversation(tuned, system, max_new_tokens, temperature)
-    who = f"{tuned.base} with {adapter}" if adapter else tuned.base
+    kept = "" if tuned.quantization == "none" else f" in {tuned.quantization}"
+    who = f"{tuned.base}{kept} with {adapter}" if adapter else f"{tuned.base}{kept}"
     screen.print(f"[bold]{who}[/]\n[dim]{HELP}[/]")
     for line in _lines(screen):
         if line.startswith("/"):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .output import Json, console, counting, emit, short, table
-from .tuned import Adapter, Device, Dtype, Model, load
+from .tuned import Adapter, Device, Dtype, Model, Quantization, load
 
 SHOWN = 10  # exchanges on the screen; --json and the report have all
 MAX_LENGTH = 4096  # tokens of a row; longer ones are cut
@@ -21,6 +21,7 @@ def compare(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A question of your own; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 128,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use the first so many rows of --data only.")] = None,
+    quantization: Quantization = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -38,7 +39,7 @@ def compare(
     from inlay.training.data import Sample
 
     samples = files.read(data, "--data").samples[:limit] if data is not None else []
-    tuned = load(model, adapter, dtype, device)
+    tuned = load(model, adapter, dtype, device, quantization)
 
     from inlay.training.evaluate import Comparison
     from inlay.training.evaluate import compare as measure
@@ -55,8 +56,11 @@ def compare(
     own = [_without_reference(exchange) for exchange in free.exchanges]
     result = Comparison(measured.rows, measured.metrics, [*measured.exchanges, *own])
     if as_json:
-        emit({"model": tuned.base, "adapter": str(adapter), "cut_rows": encoded.cut, **result.as_dict()})
+        facts = {"model": tuned.base, "quantization": tuned.quantization, "adapter": str(adapter), "cut_rows": encoded.cut}
+        emit(facts | result.as_dict())
         return
+    if tuned.quantization != "none":
+        screen.print(f"[dim]base in {tuned.quantization}, for both[/]")
     show(result, screen)
 
 

@@ -22,13 +22,14 @@ ANSWER_TOKENS = 64  # the longest reference is well below
 
 def quickstart(
     out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/quickstart"),
+    quantization: Annotated[str, typer.Option("--quantization", help="Of the base: none, nf4, fp4, int4 or int8.")] = "none",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier quickstart in the same folder.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train the bundled base on the bundled shell and kubectl questions, and compare base and tuned on 60 held-out ones."""
     hush()
     screen = console(to_stderr=as_json)
-    from inlay.training.models import bundled_data
+    from inlay.training.models import bundled_data, choose_quantization
     from inlay.training.settings import RunSettings
     from inlay.training.sft import RECORD, REPORT, train, write_json
 
@@ -37,6 +38,7 @@ def quickstart(
 
     screen.print("Training an adapter on the small bundled model: questions about shell and kubectl commands, and their answers.")
     settings = RunSettings(
+        quantization=choose_quantization(quantization),  # pyright: ignore[reportArgumentType]
         data=bundled_data("commands"),
         output=out,
         epochs=EPOCHS,

@@ -14,16 +14,21 @@ Model = Annotated[str | None, typer.Option("--model", help="Folder or hub id of 
 Adapter = Annotated[Path, typer.Option("--adapter", help="Adapter folder, as `inlay train` writes it.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+Quantization = Annotated[
+    str | None,
+    typer.Option("--quantization", help="Of the base: none, nf4, fp4, int4 or int8; as in the adapter's training when not given."),
+]
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """The model (with the adapter in it, when there is one), its tokenizer and what the base is called."""
+    """The model (with the adapter in it, when there is one), its tokenizer and what the base is called and kept as."""
 
     model: Any
     tokenizer: Any
     base: str
     adapter: Path | None
+    quantization: str
 
 
 def base_of(model: str | None, adapter: Path | None) -> str:
@@ -47,8 +52,25 @@ def base_of(model: str | None, adapter: Path | None) -> str:
     return BUNDLED if Path(named).parts[-3:] == bundled_base().parts[-3:] else named
 
 
-def load(model: str | None, adapter: Path | None, dtype: str = "auto", device: str = "auto") -> Tuned:
+def quantization_of(adapter: Path | None) -> str:
+    """How the base was kept while the adapter was trained, as the record of the run says; ``none`` where there is no record."""
+    from inlay.training.errors import InputError
+    from inlay.training.sft import CHECKPOINTS, recorded_settings
+
+    if adapter is None:
+        return "none"
+    run = adapter.parent.parent if adapter.absolute().parent.name == CHECKPOINTS else adapter
+    try:
+        return str(recorded_settings(run).get("quantization", "none"))
+    except InputError:
+        return "none"
+
+
+def load(model: str | None, adapter: Path | None, dtype: str = "auto", device: str = "auto", quantization: str | None = None) -> Tuned:
     """Load base, tokenizer and adapter.
+
+    Args:
+        quantization: of the base; as in the adapter's training where None.
 
     Raises:
         InputError: one of them is missing or does not fit.
@@ -62,8 +84,9 @@ def load(model: str | None, adapter: Path | None, dtype: str = "auto", device: s
         raise InputError(f"--dtype {dtype}: give auto, float32, bfloat16 or float16.")
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise InputError(f"--device {device}: give auto, cpu, cuda or mps.")
+    how = models.choose_quantization(quantization_of(adapter) if quantization is None else quantization)
     adapters.serve_peft()
     tokenizer = models.load_tokenizer(base, adapter)
     masking.apply_template_choice(tokenizer, "auto")
-    loaded = models.load_model(base, dtype, device)
-    return Tuned(adapters.load_adapter(loaded, adapter) if adapter is not None else loaded, tokenizer, base, adapter)
+    loaded = models.load_model(base, dtype, device, quantization=how)
+    return Tuned(adapters.load_adapter(loaded, adapter) if adapter is not None else loaded, tokenizer, base, adapter, how)

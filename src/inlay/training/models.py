@@ -70,6 +70,20 @@ def choose_dtype(wanted: str, device: str) -> Any:
     return getattr(torch, wanted)
 
 
+def choose_quantization(wanted: str) -> str:
+    """``none`` or a format.
+
+    Raises:
+        InputError: it is neither.
+    """
+    from inlay.kernels.quantised import FORMATS
+
+    known = ["none", *FORMATS]
+    if wanted not in known:
+        raise InputError(f"--quantization {wanted}: give {', '.join(known)}.{near_miss(wanted, known)}")
+    return wanted
+
+
 def load_model(
     model: str,
     dtype: str = "auto",
