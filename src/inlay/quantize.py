@@ -270,6 +270,9 @@ def from_pretrained_quantized(
     names = [n for n, q in model.named_parameters(remove_duplicate=False) if isinstance(q, QuantizedTensor)]
     for name in names:
         _speak(_owner(model, name)[0])
+    # Quantised weights speak for themselves when the model is saved: what read them is not to be undone.
+    known = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [c for c in known if all(type(op).__module__ != __name__ for op in getattr(c, "operations", ()))]
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(attribute, None)
     for module in model.modules():

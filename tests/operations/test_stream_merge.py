@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,12 +30,13 @@ from transformers import (
 )
 
 import inlay.methods  # noqa: F401  registers them
-from inlay import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from inlay import LoraConfig, PeftModel, VeraConfig, from_pretrained_quantized, get_peft_model, quantize_
 from inlay.core.method import METHODS, Method
+from inlay.core.stores import store_of
 from inlay.formats import streaming
 from inlay.formats.streaming import Checkpoint, Files, Shard, read_header
-from inlay.operations import stream_merge
-from inlay.operations.stream_merge import StreamMerge, working_folder
+from inlay.operations.stream_merge import Rounding, StreamMerge, journal, working_folder
+from inlay.operations.stream_merge.folder import SPARE
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
 
@@ -229,6 +231,133 @@ def test_experts_stored_one_by_one_or_stacked(one_by_one: bool, cls: str, tmp_pa
         assert torch.equal(load(tmp_path / "out")(ids).logits, load(reference)(ids).logits)
 
 
+# ---- quantised bases -----------------------------------------------------------------------------------------------------------
+def same_values(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Descriptions are JSON with spaces behind it; all else is equal to the bit."""
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        if "quant_state" in key:
+            one, other = (json.loads(bytes(t.tolist())) for t in (tensor, expected[key]))
+            assert one.pop("nested_offset", 0) == pytest.approx(other.pop("nested_offset", 0), rel=1e-6)
+            assert one == other
+        else:
+            assert tensor.dtype == expected[key].dtype, key
+            assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.parametrize("into", ["dequantized", "requantized"])
+@pytest.mark.parametrize(
+    ("to", "double", "make"),
+    [("nf4", True, llama), ("nf4", False, gpt2), ("fp4", True, llama), ("int8", True, llama), ("int8", True, gpt2), ("int4", True, gpt2)],
+)
+def test_quantised_bases(to: str, double: bool, make: Any, into: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    model = load(saved(make(), tmp_path / "dense", torch.float32))
+    quantize_(model, to, double=double)
+    model.save_pretrained(base, max_shard_size="6KB")
+    targets = ["q_proj", "down_proj"] if make is llama else ["c_attn", "c_fc"]
+    tuned = get_peft_model(from_pretrained_quantized(base), LoraConfig(r=2, target_modules=targets))
+    moved(tuned)
+    tuned.save_pretrained(tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned.merge_and_unload(base=into).save_pretrained(tmp_path / "reference")
+    merge = StreamMerge(base, [tmp_path / "a"], base_dtype=into)
+    out = merge.run(tmp_path / "out")
+    same_values(tensors(out), tensors(tmp_path / "reference"))
+    config = json.loads((out / "config.json").read_text())
+    assert ("quantization_config" in config) == (into == "requantized")
+    assert len(merge.rounding) == (len(merge.changes) if into == "requantized" else 0)
+    ids = torch.arange(8).unsqueeze(0)
+    one, other = (from_pretrained_quantized(f) if into == "requantized" else load(f) for f in (out, tmp_path / "reference"))
+    with torch.no_grad():
+        assert torch.equal(one(ids).logits, other(ids).logits)
+
+
+def test_what_rounding_lost_is_told(tmp_path: Path) -> None:
+    model = load(saved(llama(), tmp_path / "dense", torch.float32))
+    quantize_(model, "nf4").save_pretrained(tmp_path / "base")
+    folder = adapter(tmp_path / "dense", tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
+    merge = StreamMerge(tmp_path / "base", [folder], base_dtype="requantized")
+    dense = tensors(StreamMerge(tmp_path / "base", [folder], base_dtype="dequantized").run(tmp_path / "wanted"))
+    found = from_pretrained_quantized(merge.run(tmp_path / "out"))
+    before = from_pretrained_quantized(tmp_path / "base")
+    for key, told in merge.rounding.items():
+        now, was = (m.get_parameter(key).dequantize() for m in (found, before))
+        assert told.of_weight == pytest.approx(((now - dense[key]).norm() / dense[key].norm()).item(), rel=1e-4)
+        assert told.of_change == pytest.approx(((now - dense[key]).norm() / (dense[key] - was).norm()).item(), rel=1e-4)
+    assert 0.02 < Rounding.total(merge.rounding.values()).of_weight < 0.2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("into", ["dequantized", "requantized"])
+def test_what_bitsandbytes_wrote(bits: int, into: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    dense = saved(llama(hidden_size=64, intermediate_size=128), tmp_path / "dense", torch.float32)
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": torch.float32}
+    asked = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **(options if bits == 4 else {}))
+    base = tmp_path / "base"
+    load(dense, quantization_config=asked).save_pretrained(base)
+    folder = adapter(dense, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    out = StreamMerge(base, [folder], base_dtype=into).run(tmp_path / "out")
+    tuned = PeftModel.from_pretrained(load(base), folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = tuned.merge_and_unload(base=into)
+    found = load(out)
+    for name in ("q_proj", "k_proj"):
+        one, other = (m.model.layers[1].self_attn.get_submodule(name) for m in (found, expected))
+        torch.testing.assert_close(*(store_of(m).read(m, "weight") for m in (one, other)), rtol=1e-6, atol=1e-7)
+
+
+def test_the_weights_from_before(tmp_path: Path) -> None:
+    dense = saved(llama(), tmp_path / "dense")
+    quantize_(load(dense), "nf4").save_pretrained(tmp_path / "base")
+    folder = adapter(dense, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
+    out = StreamMerge(tmp_path / "base", [folder], base_dtype="original", original=dense).run(tmp_path / "out")
+    check_same(dense, out, in_memory(dense, [folder], tmp_path / "reference"))
+    for options, said in [
+        ({}, "Say what to merge into"),
+        ({"base_dtype": "original"}, "name their folder"),
+        ({"base_dtype": "original", "original": tmp_path / "base"}, "is quantised as well"),
+        ({"base_dtype": "dequantised"}, "Did you mean 'dequantized'"),
+        ({"base_dtype": "dequantized", "original": dense}, "only if the base's dtype is 'original'"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            StreamMerge(tmp_path / "base", [folder], **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is not quantised"):
+        StreamMerge(dense, [folder], base_dtype="requantized")
+
+
+# ---- blocks that are run through more than once ----------------------------------------------------------------------------
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_repeated_blocks_are_written(make: Any, tmp_path: Path) -> None:
+    base = saved(make(), tmp_path / "base")
+    targets = ["q_proj", "v_proj"] if make is llama else ["c_attn"]
+    folder = adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=targets, layer_replication=[[0, 2], [1, 2], [0, 1]]))
+    merged = PeftModel.from_pretrained(load(base), folder).merge_and_unload()
+    out = StreamMerge(base, [folder]).run(tmp_path / "out")
+    found, expected = tensors(out), merged.state_dict()
+    assert set(expected) - set(found) == ({"lm_head.weight"} if make is gpt2 else set())
+    assert [k for k in found if not torch.equal(found[k], expected[k])] == []
+    ids = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(load(out)(ids).logits, merged(ids).logits)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("num_hidden_layers", config.get("n_layer")) == 4
+
+
+def test_trained_biases(tmp_path: Path) -> None:
+    base = saved(llama(attention_bias=True), tmp_path / "base")
+    changed = both_ways(tmp_path, base, adapter(base, tmp_path / "a", METHODS["BEFT"](target_modules=["v_proj"])))
+    assert changed == {f"model.layers.{i}.self_attn.v_proj.bias" for i in range(2)}
+    plain = saved(llama(), tmp_path / "plain")
+    with pytest.raises(ValueError, match="the layers of this architecture have none"):
+        StreamMerge(plain, [adapter(plain, tmp_path / "b", METHODS["BEFT"](target_modules=["v_proj"]))]).run(tmp_path / "none")
+
+
 # ---- several adapters -----------------------------------------------------------------------------------------------------------
 def test_adapters_of_two_methods_in_the_order_in_which_they_act(tmp_path: Path) -> None:
     base = saved(llama(), tmp_path / "base")
@@ -285,7 +414,7 @@ def test_other_dtype_and_other_files(tmp_path: Path) -> None:
     assert load(out).dtype == torch.bfloat16
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "generation_config.json", "notes.md", "tokenizer_config.json"} <= names
-    assert not {"pytorch_model.bin", "vocab.txt", stream_merge.JOURNAL} & names
+    assert not {"pytorch_model.bin", "vocab.txt", journal.NAME} & names
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
     for key, file in index["weight_map"].items():
@@ -294,8 +423,7 @@ def test_other_dtype_and_other_files(tmp_path: Path) -> None:
 
 
 def test_large_weights_go_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_merge, "AT_ONCE", 4 * 100)
-    monkeypatch.setattr(streaming, "AT_ONCE", 64)
+    monkeypatch.setattr(streaming, "AT_ONCE", 4 * 100)
     base = saved(llama(tie_word_embeddings=True), tmp_path / "base")
     options = {"target_modules": ["q_proj", "embed_tokens", "down_proj"], "ensure_weight_tying": True}
     both_ways(tmp_path, base, adapter(base, tmp_path / "a", LoraConfig(r=2, **options)))  # type: ignore[arg-type]
@@ -341,8 +469,10 @@ def test_what_cannot_be_merged_is_refused_with_the_remedy(small: tuple[Path, Pat
 
     quantised = tmp_path / "quantised"
     shutil.copytree(base, quantised)
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    refused("quantised .awq.*Give the folder of the original, dense weights.*--original.*or load the model", quantised)
     (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
-    refused("quantised .bitsandbytes.*Give the folder of the original, dense weights", quantised)
+    refused("quantised .bitsandbytes.*Say what to merge into", quantised)
 
     packed = tmp_path / "packed"
     shutil.copytree(base, packed)
@@ -387,11 +517,11 @@ def test_the_disk_is_measured_before_anything_is_written(small: tuple[Path, Path
     base, folder = small
     merge = StreamMerge(base, [folder])
     assert merge.size == sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=merge.size + stream_merge.SPARE - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=merge.size + SPARE - 1))
     with pytest.raises(OSError, match="GB free and the merged model needs .* make room"):
         merge.run(tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} == {"base", "a"}
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=merge.size + stream_merge.SPARE))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=merge.size + SPARE))
     assert merge.run(tmp_path / "out").is_dir()
     with pytest.raises(ValueError, match="exists already"):
         merge.run(tmp_path / "out")
@@ -434,7 +564,7 @@ def test_an_interrupted_merge_goes_on_where_it_was(small: tuple[Path, Path], tmp
     interrupted(merge, out, merge.size // 2)
     assert not out.exists()
     working = working_folder(out)
-    finished = json.loads((working / stream_merge.JOURNAL).read_text())["finished"]
+    finished = json.loads((working / journal.NAME).read_text())["finished"]
     assert 0 < len(finished) < len(merge.shards)
     before = {name: (working / name).stat().st_mtime_ns for name in finished}
     broken = sorted(finished)[0]
@@ -470,13 +600,13 @@ StreamMerge(sys.argv[1], [sys.argv[2]]).run(sys.argv[3], slowly)
 def test_killed_outright(small: tuple[Path, Path], tmp_path: Path) -> None:
     base, folder = small
     program = subprocess.Popen([sys.executable, "-c", PROGRAM, str(base), str(folder), str(tmp_path / "out")], stdout=subprocess.PIPE)
-    journal, until = working_folder(tmp_path / "out") / stream_merge.JOURNAL, time.monotonic() + 60
-    while time.monotonic() < until and not (journal.is_file() and '.safetensors"' in journal.read_text()):
+    noted, until = working_folder(tmp_path / "out") / journal.NAME, time.monotonic() + 60
+    while time.monotonic() < until and not (noted.is_file() and '.safetensors"' in noted.read_text()):
         time.sleep(0.005)
     program.send_signal(signal.SIGKILL)
     program.wait()
     assert not (tmp_path / "out").exists()
-    assert json.loads(journal.read_text())["finished"]
+    assert json.loads(noted.read_text())["finished"]
     reference = in_memory(base, [folder], tmp_path / "reference")
     check_same(base, StreamMerge(base, [folder]).run(tmp_path / "out"), reference)
 

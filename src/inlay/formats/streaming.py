@@ -63,8 +63,28 @@ class Entry:
             raise ValueError(f"{self.key!r} in {self.file} holds {self.dtype} numbers, which torch does not know.")
         return DTYPES[self.dtype]
 
+    @property
+    def sliceable(self) -> bool:
+        """Whether some of its rows can be read without the others."""
+        return bool(self.shape)
+
     def meta(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.torch_dtype, device="meta")
+
+    def read(self, files: Files, rows: slice | None = None) -> Tensor:
+        """See `Files.read`."""
+        shape, start = self.shape, self.start
+        if rows is not None:
+            shape = (rows.stop - rows.start, *shape[1:])
+            start += rows.start * (self.nbytes // max(1, self.shape[0]))
+        made = torch.empty(shape, dtype=self.torch_dtype)
+        done, view = 0, memoryview(_bytes_of(made)) if made.nbytes else memoryview(b"")
+        while done < made.nbytes:
+            got = os.preadv(files.descriptor(self.file), [view[done : done + AT_ONCE * 4]], start + done)
+            if got <= 0:
+                raise OSError(f"{self.file} ends before {self.key!r} does; copy or download it again.")
+            done += got
+        return made
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------------
@@ -126,18 +146,7 @@ class Files:
         Raises:
             OSError: the file ends too early.
         """
-        shape, start = entry.shape, entry.start
-        if rows is not None:
-            shape = (rows.stop - rows.start, *shape[1:])
-            start += rows.start * (entry.nbytes // max(1, entry.shape[0]))
-        made = torch.empty(shape, dtype=entry.torch_dtype)
-        done, view = 0, memoryview(_bytes_of(made)) if made.nbytes else memoryview(b"")
-        while done < made.nbytes:
-            got = os.preadv(self.descriptor(entry.file), [view[done : done + AT_ONCE * 4]], start + done)
-            if got <= 0:
-                raise OSError(f"{entry.file} ends before {entry.key!r} does; copy or download it again.")
-            done += got
-        return made
+        return entry.read(self, rows)
 
 
 @dataclass

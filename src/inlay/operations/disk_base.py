@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from ..core.stores import Store
 from ..formats.folder import read_json
+from ..formats.packed import READABLE, Packed, packed
 from ..formats.streaming import Checkpoint, Files
+from ..quantize import quantizable
 
 # Numbers that stand for others: a weight in them is packed, or comes with scales.
 PACKED = {torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
@@ -148,7 +150,9 @@ class DiskBase:
         by_pattern = {p: c for c in converters for p in c.source_patterns}
         prefix = model.base_model_prefix
         found: dict[str, Group] = {}
-        for key in sorted(self.checkpoint.tensors, key=loading.dot_natural_key):
+        tensors = self.checkpoint.tensors
+        transposed = quantizable(model, []) if any(isinstance(e, Packed) for e in tensors.values()) else {}
+        for key in sorted(tensors, key=loading.dot_natural_key):
             name, pattern = loading.rename_source_key(key, renamings, converters, prefix, own)
             if name not in own and key in own:
                 name, pattern = loading.rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=own)
@@ -156,6 +160,8 @@ class DiskBase:
                 # What the model has no use for stays in its file.
                 continue
             if pattern is None:
+                if isinstance(entry := tensors[key], Packed) and transposed.get(name):
+                    tensors[key] = entry.turned()
                 found[name] = Group([key], {name: self.checkpoint.tensors[key].meta()}, first=name)
                 continue
             group = found.setdefault(name, Group([], converter=by_pattern[pattern], first=name))
@@ -245,44 +251,64 @@ class DiskBase:
 
 
 def quantised(folder: Path, why: str) -> str:
-    """What to do about a base that is no plain floating point."""
+    """What to do about a base that is quantised in a way that cannot be read."""
     return (
-        f"{folder} is quantised ({why}), and these files cannot be merged into yet. Give the folder of the original, dense weights as "
-        "BASE: the adapter fits them, and what it learned is kept in full."
+        f"{folder} is quantised ({why}), and these files cannot be read without the library that wrote them. Give the folder of the "
+        "original, dense weights (--base-dtype original --original FOLDER; the adapter fits them, and what it learned is kept in "
+        "full), or load the model and use `merge_and_unload(base='dequantized')`."
     )
+
+
+def quantisation(config: Mapping[str, Any]) -> str | None:
+    """How a model is quantised, by its config.json; None where it is not."""
+    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    return str(found.get("quant_method", "see quantization_config in its config.json")) if found else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a model's config.json.
 
     Raises:
-        ValueError: there is none, or the model is quantised, or brings code of its own.
+        ValueError: there is none.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json, so it is no model's folder.")
-    plain = read_json(folder / "config.json")
-    quantisation = plain.get("quantization_config") or (plain.get("text_config") or {}).get("quantization_config")
-    if quantisation:
-        raise ValueError(quantised(folder, str(quantisation.get("quant_method", "see quantization_config in its config.json"))))
-    return plain
+    return read_json(folder / "config.json")
+
+
+def open_checkpoint(checkpoint: Checkpoint, config: Mapping[str, Any], files: Files) -> Checkpoint:
+    """The files of a model, where quantised weights look like dense ones.
+
+    Raises:
+        ValueError: they are quantised in a way that cannot be read.
+    """
+    how = quantisation(config)
+    if how is None:
+        return checkpoint
+    if how not in READABLE:
+        raise ValueError(quantised(checkpoint.folder, how))
+    text = config.get("text_config") or {}
+    named = next((str(d) for d in (config.get("dtype"), config.get("torch_dtype"), text.get("dtype")) if d), "float32")
+    return packed(checkpoint, files, getattr(torch, named.removeprefix("torch.")))
 
 
 def base_on_disk(folder: Path, files: Files) -> DiskBase:
     """The model of a folder, of the class that its configuration names.
 
     Raises:
-        ValueError: the folder cannot be read, or its model is quantised.
+        ValueError: the folder cannot be read, or its model is quantised in a way that cannot be.
     """
     import transformers
     from transformers import AutoConfig
 
-    read_config(folder)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(Checkpoint.open(folder), read_config(folder), files)
     try:
         config: Any = AutoConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: its config.json cannot be read: {' '.join(str(error).split())}") from error
     cls: Any = getattr(transformers, (config.architectures or [""])[0], None) or transformers.AutoModel
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
         model = cls.from_config(config) if cls.__name__.startswith("Auto") else cls._from_config(config)
     return DiskBase(checkpoint, model, files)

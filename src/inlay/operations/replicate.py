@@ -13,6 +13,8 @@ from torch import nn
 
 from ..core.inlaid import places
 
+# What configurations say of the blocks: how many there are, and of which kind each is.
+OF_LAYERS = ("num_hidden_layers", "layer_types")
 # Where architectures keep their blocks, below what wraps them.
 BLOCKS = ("layers", "encoder.layer", "h", "decoder.layers")
 
@@ -34,19 +36,10 @@ def replicate(base: nn.Module, ranges: Sequence[Sequence[int]]) -> Callable[[], 
         raise ValueError("`layer_replication` changes the blocks of the base, and there are adapters on them; load this one first.")
     owner, name = _blocks(base)
     blocks: nn.ModuleList = getattr(owner, name)
-    for start, end in ranges:
-        if not 0 <= start < end <= len(blocks):
-            raise ValueError(f"`layer_replication` has the range [{start}, {end}], and the model has {len(blocks)} blocks.")
-    order = [i for start, end in ranges for i in range(start, end)]
+    order = _order(ranges, len(blocks))
     setattr(owner, name, nn.ModuleList(_again(blocks[i], at) for at, i in enumerate(order)))
     config: Any = getattr(base, "config", None)
-    before = {}
-    for of_layers in ("num_hidden_layers", "layer_types"):
-        value = getattr(config, of_layers, None)
-        if value == len(blocks) or (isinstance(value, list) and len(value) == len(blocks)):
-            before[of_layers] = value
-    for of_layers, value in before.items():
-        _set(config, of_layers, len(order) if isinstance(value, int) else [value[i] for i in order])
+    before = _count(config, order, len(blocks))
 
     def undo() -> None:
         setattr(owner, name, blocks)
@@ -56,9 +49,56 @@ def replicate(base: nn.Module, ranges: Sequence[Sequence[int]]) -> Callable[[], 
     return undo
 
 
+def blocks_of(base: nn.Module) -> str:
+    """The path of the list of blocks."""
+    owner, name = _blocks(base)
+    path = next(p for p, m in base.named_modules() if m is owner)
+    return f"{path}.{name}" if path else name
+
+
+def replicated(base: nn.Module, ranges: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Have a model's configuration describe the model with its blocks replaced; the model stays.
+
+    Returns:
+        The fields that changed, as a file names them.
+
+    Raises:
+        ValueError: the model has no blocks, or a range lies outside of them.
+    """
+    config: Any = base.config.get_text_config()  # type: ignore[operator,union-attr]
+    owner, name = _blocks(base)
+    blocks = len(getattr(owner, name))
+    _count(config, _order(ranges, blocks), blocks)
+    named = {_spelled(config, field): field for field in OF_LAYERS}
+    return {key: vars(config)[key] for key in named if key in vars(config)}
+
+
+def _order(ranges: Sequence[Sequence[int]], blocks: int) -> list[int]:
+    for start, end in ranges:
+        if not 0 <= start < end <= blocks:
+            raise ValueError(f"`layer_replication` has the range [{start}, {end}], and the model has {blocks} blocks.")
+    return [i for start, end in ranges for i in range(start, end)]
+
+
+def _count(config: Any, order: Sequence[int], blocks: int) -> dict[str, Any]:
+    """Have a configuration speak of these blocks; what it said before."""
+    before = {}
+    for field in OF_LAYERS:
+        value = getattr(config, field, None)
+        if value == blocks or (isinstance(value, list) and len(value) == blocks):
+            before[field] = value
+    for field, value in before.items():
+        _set(config, field, len(order) if isinstance(value, int) else [value[i] for i in order])
+    return before
+
+
 def _set(config: Any, name: str, value: Any) -> None:
     # Configurations of transformers check that the two agree whenever one is set.
-    config.__dict__[config.attribute_map.get(name, name) if hasattr(config, "attribute_map") else name] = value
+    config.__dict__[_spelled(config, name)] = value
+
+
+def _spelled(config: Any, name: str) -> str:
+    return config.attribute_map.get(name, name) if hasattr(config, "attribute_map") else name
 
 
 def _blocks(base: nn.Module) -> tuple[nn.Module, str]:

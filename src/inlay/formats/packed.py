@@ -1,0 +1,163 @@
+"""Quantised weights in files: the tensors that make up one weight are seen as that weight, and written as those again.
+
+The names and numbers are those of bitsandbytes in 4 and 8 bits, which `inlay.quantize_` shares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import gcd, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.quantised import dequantize_blocks, dequantize_rows
+from ..kernels.quantised_tensor import QuantizedTensor
+from .streaming import NAMES, Checkpoint, Entry, Files
+
+# What a config.json calls those who write such files.
+READABLE = ("bitsandbytes", "inlay")
+STATE = "quant_state."
+# Spaces behind a description, so that it can name another offset in the room that its header has promised.
+ROOM = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Packed(Entry):
+    """One quantised weight. As an entry, it is the weight in floating point.
+
+    Attributes:
+        parts: the tensors of the file, by the end of their keys; ``""`` are the codes.
+        described: what a file in 4 bits says of the weight; empty for 8 bits.
+        transposed: the model sees the file's matrix the other way round.
+    """
+
+    parts: Mapping[str, Entry] = field(default_factory=dict)
+    described: Mapping[str, Any] = field(default_factory=dict)
+    transposed: bool = False
+
+    def turned(self) -> Packed:
+        """The same, for a layer that keeps ``(in, out)``."""
+        return replace(self, shape=(*self.shape[:-2], self.shape[-1], self.shape[-2]), transposed=True)
+
+    @property
+    def sliceable(self) -> bool:
+        return not self.transposed
+
+    def read(self, files: Files, rows: slice | None = None) -> Tensor:
+        """The weight, or some of its rows, in floating point."""
+        if rows is not None and self.sliceable and len(self.shape) == 2:
+            return self._rows(files, rows)
+        found = self.quantised(files).dequantize().contiguous()
+        return found if rows is None else found[rows]
+
+    def quantised(self, files: Files) -> QuantizedTensor:
+        return QuantizedTensor.from_file({end: e.read(files) for end, e in self.parts.items()}, self.transposed, self.torch_dtype)
+
+    def _rows(self, files: Files, rows: slice) -> Tensor:
+        codes, width = self.parts[""], self.shape[1]
+        if not self.described:
+            return dequantize_rows(codes.read(files, rows), self.parts["SCB"].read(files, rows).float(), self.torch_dtype)
+        block = self.described["blocksize"]
+        # A piece begins and ends with a block.
+        together = block // gcd(block, width)
+        start, stop = rows.start // together * together, min(self.shape[0], -(-rows.stop // together) * together)
+        scales = QuantizedTensor.from_file(
+            {end: e.read(files) if end else torch.empty(-(-prod(self.shape) // 2), dtype=torch.uint8) for end, e in self.parts.items()},
+            False,
+            self.torch_dtype,
+        ).scales
+        first, last = start * width // 2, -(-stop * width // 2)
+        bytes_of = Entry(codes.key, codes.file, "U8", (last - first,), codes.start + first, last - first)
+        scales = scales[start * width // block : -(-stop * width // block)]
+        n, to = (stop - start) * width, self.described["quant_type"]
+        found = dequantize_blocks(bytes_of.read(files), scales, to, block, n, self.torch_dtype)
+        return found.view(-1, width)[rows.start - start : rows.stop - start]
+
+    # ---- writing ------------------------------------------------------------------------------------------------------
+    def written(self) -> list[Entry]:
+        """The tensors of a file that holds another weight in this way."""
+        return [
+            replace(e, shape=(e.shape[0] + ROOM,), nbytes=e.nbytes + ROOM) if end.startswith(STATE) else e for end, e in self.parts.items()
+        ]
+
+    def pack(self, w: Tensor) -> tuple[dict[str, Tensor], QuantizedTensor]:
+        """Another weight in this way: the tensors of the file by their keys, and what they stand for."""
+        to = str(self.described.get("quant_type", "int8"))
+        double = "nested_absmax" in self.parts
+        q = QuantizedTensor.of(w, to, block=self.described.get("blocksize", 64), double=double, transposed=self.transposed)
+        made, found = q.to_file(), {}
+        for end, entry in self.parts.items():
+            if end.startswith(STATE):
+                said = dict(self.described)
+                if q.offset is not None:
+                    said["nested_offset"] = q.offset.item()
+                text = json.dumps(said).encode().ljust(entry.nbytes + ROOM)
+                found[entry.key] = torch.tensor(list(text), dtype=torch.uint8)
+                continue
+            tensor = made[end].contiguous()
+            # Codes may be stored as numbers of another width.
+            same = tensor.dtype.itemsize == entry.torch_dtype.itemsize and end != ""
+            found[entry.key] = tensor.to(entry.torch_dtype).reshape(entry.shape) if same else _as_bytes_of(tensor, entry)
+        return found, q
+
+
+def _as_bytes_of(tensor: Tensor, entry: Entry) -> Tensor:
+    if tensor.nbytes != entry.nbytes:
+        return tensor.to(entry.torch_dtype).reshape(entry.shape)
+    return tensor.reshape(-1).view(torch.uint8).view(entry.torch_dtype).reshape(entry.shape)
+
+
+def packed(checkpoint: Checkpoint, files: Files, dtype: torch.dtype) -> Checkpoint:
+    """The same files with one entry for each quantised weight.
+
+    Args:
+        dtype: of weights whose file does not say it.
+
+    Raises:
+        ValueError: a description cannot be read.
+    """
+    tensors, parts = checkpoint.tensors, _parts(checkpoint)
+    within = {e.key for found in parts.values() for e in found.values()}
+    made: dict[str, Entry] = {}
+    for key, entry in tensors.items():
+        if key in parts:
+            made[key] = _one(entry, parts[key], files, dtype)
+        elif key not in within:
+            made[key] = entry
+    return replace(checkpoint, tensors=made)
+
+
+def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, Entry]]:
+    """What belongs to each quantised weight, by its key."""
+    tensors, found = checkpoint.tensors, {}
+    for key in tensors:
+        owner, _, end = key.rpartition(".weight.")
+        if end.startswith(STATE) and f"{owner}.weight" in tensors:
+            start = f"{owner}.weight"
+            found[start] = {"": tensors[start]}
+        elif key.endswith(".SCB") and f"{key[:-4]}.weight" in tensors:
+            start = key[:-4]
+            ends = {"": f"{start}.weight", "SCB": key, "weight_format": f"{start}.weight_format"}
+            found[f"{start}.weight"] = {end: tensors[k] for end, k in ends.items() if k in tensors}
+    for key, entry in tensors.items():
+        owner, _, end = key.rpartition(".weight.")
+        if f"{owner}.weight" in found and owner:
+            found[f"{owner}.weight"][end] = entry
+    return found
+
+
+def _one(codes: Entry, parts: Mapping[str, Entry], files: Files, dtype: torch.dtype) -> Packed:
+    state = next((e for end, e in parts.items() if end.startswith(STATE)), None)
+    said: dict[str, Any] = {}
+    shape = codes.shape
+    if state is not None:
+        try:
+            said = json.loads(bytes(state.read(files).tolist()))
+            shape, dtype = tuple(said["shape"]), getattr(torch, said["dtype"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{codes.file}: what it says of {codes.key!r} cannot be read; quantise the base again.") from error
+    return Packed(codes.key, codes.file, NAMES[dtype], shape, codes.start, prod(shape) * dtype.itemsize, parts, said)

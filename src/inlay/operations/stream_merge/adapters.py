@@ -1,0 +1,89 @@
+"""The files of adapters, of which only those tensors are read that are needed."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.config import PeftConfig
+from ...core.method import Method
+from ...formats.folder import weight_files
+from ...formats.state import _file_key
+from ...formats.streaming import AT_ONCE, Entry, Files, read_header
+
+
+class AdapterFile:
+    """An adapter's folder, of whose tensors only those are read that are needed.
+
+    Attributes:
+        name: in the model.
+        weight: its strength.
+    """
+
+    def __init__(self, source: str, name: str, weight: float, files: Files) -> None:
+        self.source, self.name, self.weight, self.files = source, name, weight, files
+        self.config = PeftConfig.from_pretrained(source)
+        self.config.inference_mode = True
+        if not isinstance(self.config, Method):
+            raise TypeError(f"{source}: {self.config.peft_type} acts on the inputs of the model, not its weights, and cannot be merged.")
+        self.entries: dict[str, Entry] = {}
+        self.paths = weight_files(source)
+        for path in self.paths:
+            self.entries |= read_header(path)[0]
+        self.tensors: dict[str, Tensor] | None = None
+        if type(self.config).as_read is not Method.as_read:
+            self.tensors = dict(self.config.as_read({k: files.read(e) for k, e in self.entries.items()}))
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.entries if self.tensors is None else self.tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.entries[key].shape if self.tensors is None else tuple(self.tensors[key].shape)
+
+    def read(self, key: str) -> Tensor:
+        """
+        Raises:
+            ValueError: a value is not finite.
+        """
+        found = self.files.read(self.entries[key]) if self.tensors is None else self.tensors[key]
+        if found.is_floating_point() and not torch.isfinite(found).all():
+            raise ValueError(f"{self.source}: {key!r} holds values that are not finite; the adapter is broken.")
+        return found
+
+    def fingerprint(self) -> list[Any]:
+        config = json.dumps(self.config.to_file(), sort_keys=True, default=str)
+        return [self.weight, zlib.crc32(config.encode()), *map(_checksum, self.paths)]
+
+
+def _checksum(path: Path) -> int:
+    found = 0
+    with path.open("rb") as source:
+        while block := source.read(AT_ONCE):
+            found = zlib.crc32(block, found)
+    return found
+
+
+class Given(Mapping[str, tuple[str, Tensor]]):
+    """An adapter's tensors by their bare keys, each read when it is asked for."""
+
+    def __init__(self, adapter: AdapterFile) -> None:
+        self.adapter, self.own = adapter, {_file_key(key): key for key in adapter.keys}
+
+    def __getitem__(self, key: str) -> tuple[str, Tensor]:
+        return self.own[key], self.adapter.read(self.own[key])
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.own
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)

@@ -1,0 +1,175 @@
+"""What becomes of the weights of one unit: its adapters get their values, and fold as in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...core.adapter import Adapter
+from ...core.method import Additive, LowRank, full
+from ...core.place import Place
+from ...core.retrained import Retrained
+from ...core.site import Embedding, Linear, Site, Stack, TransposedLinear
+from ..combine import combined
+from ..updates import effects
+from .plan import Combining, Plan, Unit
+
+
+@contextmanager
+def filled(plan: Plan, unit: Unit) -> Iterator[None]:
+    """Within, the adapters of a unit have their values, and its hosts their biases."""
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def keep(table: dict[str, Any]) -> None:
+        before.append((table, dict(table)))
+
+    try:
+        for place in unit.places:
+            if isinstance(place, Place):
+                own, bias = place.site.module._parameters, place.site.bias_name
+                stored = own.get(bias) if bias is not None else None
+                if stored is not None and stored.device.type == "meta":
+                    keep(own)
+                    own[bias] = nn.Parameter(plan.base.fetch(plan.base.names[id(stored)]), requires_grad=False)  # type: ignore[index]
+            elif plan.combining is not None:
+                for module in place.module.modules():
+                    keep(module._parameters)
+                    for key, q in module._parameters.items():
+                        if q is not None and id(q) in plan.base.names:
+                            module._parameters[key] = nn.Parameter(plan.base.fetch(plan.base.names[id(q)]), requires_grad=False)
+        for place in unit.places:
+            for p in place.adapters.values():
+                for module in p.modules():
+                    keep(module._parameters)
+                    keep(module._buffers)
+                for slot, adapter, key in plan.slots.get(id(p), ()):
+                    slot.put(adapter.read(key))
+        for place in unit.places:
+            for p in place.adapters.values():
+                if isinstance(p, Adapter):
+                    p.materialise()
+        yield
+    finally:
+        for table, old in reversed(before):
+            table.clear()
+            table.update(old)
+
+def folded(plan: Plan, unit: Unit) -> dict[str, Tensor]:
+    """What becomes of a unit's tensors, by their names in the model."""
+    if plan.combining is not None:
+        return one_change(plan, unit, plan.combining)
+    found: dict[str, Tensor] = {}
+    for place in unit.places:
+        base = f"{place.path}." if place.path else ""
+        if isinstance(place, Retrained):
+            for key, tensor in place.adapters[place.here(plan.order)[-1]].state_dict().items():
+                found[base + key] = tensor.to(plan.shape(base + key)[1])
+            continue
+        site = place.site
+        if base + site.name in plan.following:
+            continue
+        found |= _named(plan, place, *place.fold(plan.order))
+    return found
+
+def one_change(plan: Plan, unit: Unit, by: Combining) -> dict[str, Tensor]:
+    """The same where all adapters become one change first."""
+    effect = combined(effects(plan.base.model, plan.order, unit.places), by.weights, by.chosen, by.options, None, None, by.seed)
+    for path, tokens in effect.tokens.items():
+        effect.weights[path, tokens.site.name] = tokens.update(path)
+    found: dict[str, Tensor] = {}
+    for place in unit.places:
+        if isinstance(place, Retrained):
+            for key, change in effect.modules.get(place.path, {}).items():
+                module = place.module.get_submodule(key.rpartition(".")[0])
+                own: Any = (module._parameters | module._buffers)[key.rpartition(".")[2]]
+                found[f"{place.path}.{key}"] = (full(own) + change).to(own.dtype)
+            continue
+        key = (place.path, place.name)
+        update = effect.weights.get(key)
+        bias = update.bias if update is not None else effect.biases.get(key)
+        w, b = place.site.read()
+        w = full(w) if update is None else full(w) + full(update.matrix())
+        found |= _named(plan, place, w, b if bias is None else bias if b is None else full(b) + full(bias))
+    return {name: tensor for name, tensor in found.items() if name not in plan.following}
+
+def rowwise(plan: Plan, unit: Unit) -> Site | None:
+    """The weight of a unit that low-rank updates are added to and nothing else, so that it can be done in slices."""
+    if plan.combining is not None:
+        return None
+    acting = [p for p in unit.places if not isinstance(p, Place) or f"{p.path}.{p.site.name}" not in plan.following]
+    if len(acting) != 1 or unit.new or not isinstance(place := acting[0], Place):
+        return None
+    site, base = place.site, plan.base
+    if type(site) not in (Linear, TransposedLinear, Embedding, Stack):
+        return None
+    name = base.names.get(id(site.module._parameters.get(site.name)))
+    if name is None or name in base.values or name not in base.group_of or any(g.converter is not None for g in unit.groups):
+        return None
+    stored = plan.checkpoint.tensors[base.group_of[name].keys[0]]
+    if plan.keeps(stored) or not stored.sliceable:
+        return None
+    if sum(n in base.group_of for n in base.aliases.get(name, ())) > 1:
+        return None
+    return site if all(_only_adds(p) for p in place.adapters.values()) else None
+
+
+def _named(plan: Plan, place: Place, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+    """The weight and the bias of a place as the model keeps them, under their names.
+
+    Raises:
+        ValueError: there is a bias, and the base has no place for it.
+    """
+    site, prefix = place.site, f"{place.path}." if place.path else ""
+    name = prefix + site.name
+    group = plan.base.group_of.get(name)
+    rounded_later = group is not None and group.converter is None and plan.keeps(plan.checkpoint.tensors[group.keys[0]])
+    found = {name: site.raw(w) if rounded_later else site.raw(w).to(site.dtype)}
+    own = site.bias()
+    if b is not None and own is not None:
+        found[f"{prefix}{site.bias_name}"] = b.to(own.dtype)
+    elif b is not None and b.any():
+        raise ValueError(
+            f"An adapter gives {place.path!r} a bias, and the layers of this architecture have none: a merged file could not hold it. "
+            "Keep base and adapter apart, or train without biases."
+        )
+    return found
+
+
+# ---- low-rank updates in slices ----------------------------------------------------------------------------------------------
+def _only_adds(p: Adapter) -> bool:
+    """Whether an adapter's fold is ``w + s B A`` and leaves the bias alone."""
+    method = p.method
+    if not isinstance(method, LowRank) or type(method).fold is not Additive.fold or type(method).delta is not LowRank.delta:
+        return False
+    return p.trained_bias is None and method.delta_bias(p) is None
+
+
+class Factors:
+    """The factors of one adapter, and the slices of what they add."""
+
+    def __init__(self, p: Adapter) -> None:
+        method: Any = p.method
+        self.a, self.b = map(full, method.factors(p))
+        self.scaling, self.strength = method.scaling, p.strength
+
+    def delta(self, site: Site, rows: slice) -> Tensor:
+        """What is added to these rows of the host's tensor, as the matrix has it."""
+        a, b = self.a, self.b
+        if site.batch:
+            a, b = a[rows], b[rows]
+        elif isinstance(site, TransposedLinear):
+            a = a[:, rows]
+        else:
+            b = b[rows]
+        return (b @ a).mul_(self.scaling).mul_(self.strength)
+
+
+def added(site: Site, raw: Tensor, rows: slice, factors: Sequence[Factors]) -> Tensor:
+    """Rows of the host's tensor with the updates in them, in full precision. What was read is no longer needed."""
+    w = full(site.matrix(raw))
+    for f in factors:
+        w.add_(f.delta(site, rows))
+    return site.matrix(w)
