@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, TypeVar
@@ -22,6 +23,9 @@ from .kernels.quantised import FORMATS, check
 from .kernels.quantised_tensor import QuantizedTensor
 
 Model = TypeVar("Model", bound=nn.Module)
+# How the keys of a weight in 4 bits end, beside its codes.
+STATES = ("bitsandbytes__nf4", "bitsandbytes__fp4", "inlay__int4")
+ENDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(f"quant_state.{state}" for state in STATES))
 
 
 # ---- which weights ----------------------------------------------------------------------------------------------------------------
@@ -136,6 +140,7 @@ def dequantize_(model: Model) -> Model:
     config = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config  # type: ignore[union-attr]
+    model.__dict__.pop("_weight_conversions", None)
     return model
 
 
@@ -199,11 +204,39 @@ def collected(state: Mapping[str, Tensor], prefix: str, name: str) -> dict[str, 
 
 
 # ---- transformers -----------------------------------------------------------------------------------------------------------------
+def _keep_keys(model: nn.Module, names: Collection[str]) -> None:
+    """Have transformers save what is quantised under the model's own names.
+
+    Its conversions for saving take stacks of experts and joined matrices apart into those of older files, which codes and scales
+    do not allow.
+    """
+    loading: Any = sys.modules.get("transformers.core_model_loading")
+    if loading is None:
+        return
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        conversions = get_model_conversion_mapping(model, add_legacy=False)  # type: ignore[arg-type]
+        conversions = [c for c in conversions if not isinstance(c, loading.PrefixChange)]
+
+    def stays(conversion: Any) -> bool:
+        if not isinstance(conversion, loading.WeightConverter):
+            return True
+        if any(type(op).__module__ == __name__ for op in conversion.operations):
+            return False
+        back = conversion.reverse_transform()
+        return not any(loading.apply_converters(name, [back])[1] for name in names)
+
+    model._weight_conversions = [c for c in conversions if stays(c)]  # type: ignore[assignment]
+
+
 def _describe(model: nn.Module, to: str, names: Collection[str], double: bool) -> None:
     """Say in a transformers model's config how its file is to be read; by bitsandbytes, where that can."""
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return
+    _keep_keys(model, names)
     modules = {n.removesuffix(".weight") for n in names}
     linear = {p for p, m in model.named_modules() if type(site_of(m)) in (Linear, TransposedLinear)}
     foreign = to != "int4" and modules <= linear
@@ -285,7 +318,7 @@ def from_pretrained_quantized(
 @cache
 def _asked_config() -> Any:
     """The configuration by which transformers finds our way of loading; made once transformers is there."""
-    from transformers.core_model_loading import ConversionOps
+    from transformers.core_model_loading import ConversionOps, WeightConverter
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -324,25 +357,22 @@ def _asked_config() -> Any:
         def __init__(self, quantizer: Any) -> None:
             self.quantizer = quantizer
 
-        def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **_: Any) -> dict[str, Tensor]:
+        def convert(  # type: ignore[override]
+            self, input_dict: dict[str, Any], target_patterns: list[str], full_layer_name: str = "", model: Any = None, **_: Any
+        ) -> dict[str, Tensor]:
             if len(input_dict) == 1:
-                return input_dict
-            given = {k.partition("weight.")[2] or k.replace("weight", "", k == "weight"): v[0] if isinstance(v, list) else v
-                     for k, v in input_dict.items()}  # fmt: skip
+                return {target_patterns[0]: next(iter(input_dict.values()))}
+            own = target_patterns[0]
+            given = {k.rstrip("$").removeprefix(own).lstrip("."): v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
             transposed, dtype = self.quantizer.wanted[full_layer_name], model.get_parameter(full_layer_name).dtype
             q = QuantizedTensor.from_file(given, transposed, dtype, self.quantizer.quantization_config.compute_dtype)
-            return {"weight": nn.Parameter(q, requires_grad=False)}
+            return {own: nn.Parameter(q, requires_grad=False)}
 
     @register_quantizer("inlay")
     class InlayQuantizer(HfQuantizer):
         wanted: dict[str, bool]
         quantization_config: Any
-        serialized_names = {
-            "weight": [
-                "weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", "SCB", "weight_format",
-                "weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "weight.quant_state.inlay__int4",
-            ]
-        }  # fmt: skip
+        serialized_names = {"weight": ["weight", "SCB", "weight_format", *(f"weight.{end}" for end in ENDS)]}
 
         def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
             super().__init__(quantization_config, **kwargs)
@@ -361,6 +391,15 @@ def _asked_config() -> Any:
 
         def get_quantize_ops(self) -> Any:
             return Quantize(self)
+
+        def get_weight_conversions(self) -> list[Any]:
+            """Stacks of experts come first: their keys end as those of linear layers do."""
+            if not self.pre_quantized:
+                return []
+            stacks = sorted({end for name in self.wanted if (end := name.rpartition(".")[2]) != "weight"})
+            ends = ("", ".SCB", ".weight_format", *(f".{end}" for end in ENDS))
+            own = [WeightConverter([f".{stack}{end}$" for end in ends], f".{stack}", [Read(self)]) for stack in stacks]
+            return own + super().get_weight_conversions()
 
         def get_load_operations(self) -> dict[str, Any]:
             return {"deserialize": Read}

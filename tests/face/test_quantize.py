@@ -167,6 +167,31 @@ def test_each_tensor_is_quantised_as_it_is_read(tmp_path: Path, monkeypatch: pyt
     assert isinstance(streamed.model.layers[0].mlp.experts.gate_up_proj, QuantizedTensor)
 
 
+@pytest.mark.parametrize("to", ["nf4", "int8", "int4"])
+@pytest.mark.parametrize("skip", [None, ["down_proj", "lm_head", "embed_tokens"], ["0.mlp.experts.down_proj"]], ids=str)
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_files_of_experts(skip: Any, to: str, in_memory: bool, tmp_path: Path) -> None:
+    """Stacks are in the file under the model's own names, with the ends that linear layers have."""
+    dense = mixtral()
+    dense.save_pretrained(tmp_path / "dense")
+    model: Any = inlay.quantize_(dense, to, skip=skip) if in_memory else inlay.from_pretrained_quantized(tmp_path / "dense", to, skip=skip)
+    y = logits(model)
+    for source, target in (("a", "b"), ("b", "c")):  # saved again after it was read
+        (model if source == "a" else inlay.from_pretrained_quantized(tmp_path / "b")).save_pretrained(tmp_path / target)
+        again = inlay.from_pretrained_quantized(tmp_path / target)
+        assert torch.equal(logits(again), y)
+        kinds = {n: type(q) for n, q in model.named_parameters()}
+        assert {n: type(q) for n, q in again.named_parameters()} == kinds
+    keys = set(load_file(tmp_path / "c" / "model.safetensors"))
+    stack = "experts.gate_up_proj"
+    assert any(k.endswith(f"{stack}.SCB" if to == "int8" else f"{stack}.absmax") for k in keys)
+    assert again.config.quantization_config["quant_method"] == "inlay"
+    # Dense again, the file is one of single experts, as transformers writes it.
+    inlay.dequantize_(again).save_pretrained(tmp_path / "d")
+    assert any(k.endswith("experts.0.w1.weight") for k in load_file(tmp_path / "d" / "model.safetensors"))
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "d")), y, rtol=1e-5, atol=1e-6)
+
+
 # ---- adapters -----------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.2}], ids=str)
 def test_training_is_that_on_the_dequantised_model(options: dict[str, Any]) -> None:

@@ -65,9 +65,6 @@ def quantize(
     loaded = load_model(model, dtype, "cpu", quantization=to, skip=skip, double=double, block=block)
     parameters = dict(loaded.named_parameters())
     quantised = [q for q in parameters.values() if isinstance(q, QuantizedTensor)]
-    stacked = [n for n, q in parameters.items() if isinstance(q, QuantizedTensor) and q.ndim != 2]
-    if stacked:
-        raise InputError(f"--skip: a folder keeps experts one by one, and {stacked[0]} is a stack of them; name such stacks with --skip.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
