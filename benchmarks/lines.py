@@ -55,7 +55,14 @@ def main() -> None:
         folder = Path(inspect.getfile(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(name)])).parent
         theirs = of_files(sorted(folder.rglob("*.py")))
         rows.append(
-            {"method": name, "lines: Inlay": ours[0], "HF": theirs[0], "code: Inlay": ours[1], "HF ": theirs[1], "mathematics: Inlay": ours[2]}
+            {
+                "method": name,
+                "lines: Inlay": ours[0],
+                "HF": theirs[0],
+                "code: Inlay": ours[1],
+                "HF ": theirs[1],
+                "mathematics: Inlay": ours[2],
+            }
         )
     lengths = {key: [row[key] for row in rows] for key in rows[0] if key != "method"}
     notes = [f"{key}: median {median(found):.0f}, sum {sum(found)}" for key, found in lengths.items()]
