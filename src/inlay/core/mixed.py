@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..kernels.mixed import FEW_TOKENS, add_few, add_segments, few
+from ..kernels.mixed import Selector, add_segments, selector
 from .method import LowRank, Method
-from .rows import Group, Selector, entries_a_row, put_back, selector, taken
+from .rows import Group, entries_a_row, put_back, taken
 from .site import Embedding, Linear, TransposedLinear
 
 if TYPE_CHECKING:
@@ -121,12 +121,7 @@ def _add_low_rank(y: Tensor, x: Tensor, found: dict[Adapter, list[int]], count: 
     if y.requires_grad and y._is_view():
         # Autograd forbids writing into a view that a function returned.
         y = y.clone()
-    flat, into = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
     factors = [(*p.method.factors(p), p.method.scaling * p.strength) for p in found]  # type: ignore[attr-defined]
-    tokens = len(flat) // count
-    plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-    if plain and len(flat) <= FEW_TOKENS and len({a.shape for a, _, _ in factors}) == 1:
-        add_few(into, flat, few(tuple(map(tuple, found.values())), tokens, x.device), factors)
-        return y
-    rows = [selector(tuple(sorted(mine)), tokens, x.device) for mine in found.values()]
-    return add_segments(y, flat, [(mine, *f) for mine, f in zip(rows, factors, strict=True)])
+    rows = tuple(tuple(sorted(mine)) for mine in found.values())
+    return add_segments(y, flat, rows, len(flat) // count, factors)

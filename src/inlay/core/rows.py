@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..kernels.mixed import Selector, positions, selector
 from .session import Row, Session, names_of
-
-Selector = slice | Tensor
 
 
 class Group(NamedTuple):
@@ -50,21 +49,6 @@ def _group(rows: tuple[Row, ...], known: frozenset[str] | None) -> tuple[Group, 
 
 
 _grouped = lru_cache(512)(_group)
-
-
-@lru_cache(2048)
-def _positions(rows: tuple[int, ...], times: int, device: torch.device) -> Tensor:
-    spread = torch.tensor(rows).unsqueeze(1) * times + torch.arange(times)
-    return spread.flatten().to(device)
-
-
-def selector(rows: tuple[int, ...], times: int, device: torch.device) -> Selector:
-    """What takes these rows out of a tensor that has ``times`` entries a row in front."""
-    if rows == tuple(range(rows[0], rows[0] + len(rows))):
-        return slice(rows[0] * times, (rows[-1] + 1) * times)
-    if torch.compiler.is_compiling():
-        return torch.tensor([r * times + i for r in rows for i in range(times)], device=device)
-    return _positions(rows, times, device)
 
 
 def entries_a_row(tensors: Sequence[Any], count: int) -> tuple[int, torch.device]:
@@ -180,4 +164,4 @@ class Order:
     def _move(self, value: Any, places: tuple[int, ...]) -> Any:
         if not isinstance(value, Tensor) or not value.ndim or value.shape[0] < len(places) or value.shape[0] % len(places):
             return value
-        return value[_positions(places, value.shape[0] // len(places), value.device)]
+        return value[positions(places, value.shape[0] // len(places), value.device)]

@@ -1,7 +1,8 @@
 """Low-rank updates of several adapters on the rows of one batch: the base's product is done once, for all rows.
 
 Prefill and training go by segments, ``y[rows] += s x[rows] A' B'`` for each adapter. With few tokens, as in decoding, what costs is
-the calling, and adapters of one rank go through one batched product, however their rows lie.
+the calling, and adapters of one rank go through one batched product, however their rows lie. On a GPU with Triton one kernel serves
+all adapters at any count.
 """
 
 from __future__ import annotations
@@ -14,11 +15,31 @@ import torch
 from torch import Tensor
 
 from .lowrank import accumulate, compute_dtype
+from .quantised import has_triton
 
 # Up to so many tokens a few calls for all adapters are faster than a pair of products for each.
 FEW_TOKENS = 96
 
-Rows = slice | Tensor
+# The rows of each adapter, rising.
+Rows = tuple[tuple[int, ...], ...]
+# What takes rows out of a batch: a slice where they stand side by side.
+Selector = slice | Tensor
+
+
+@lru_cache(2048)
+def positions(rows: tuple[int, ...], times: int, device: torch.device) -> Tensor:
+    """The entries of these rows, ``times`` to a row."""
+    spread = torch.tensor(rows, dtype=torch.int64).unsqueeze(1) * times + torch.arange(times)
+    return spread.flatten().to(device)
+
+
+def selector(rows: tuple[int, ...], times: int, device: torch.device) -> Selector:
+    """What takes these rows out of a tensor that has ``times`` entries a row in front."""
+    if rows and rows == tuple(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0] * times, (rows[-1] + 1) * times)
+    if torch.compiler.is_compiling():
+        return torch.tensor([r * times + i for r in rows for i in range(times)], device=device)
+    return positions(rows, times, device)
 
 
 class Few(NamedTuple):
@@ -36,7 +57,7 @@ class Few(NamedTuple):
 
 
 @lru_cache(256)
-def few(rows: tuple[tuple[int, ...], ...], times: int, device: torch.device) -> Few:
+def few(rows: Rows, times: int, device: torch.device) -> Few:
     """
     Args:
         rows: of the batch, for each adapter. times: the tokens of a row, which stand side by side.
@@ -65,24 +86,41 @@ def add_few(y: Tensor, x: Tensor, where: Few, factors: Sequence[tuple[Tensor, Te
     return y.index_add_(0, where.tokens, (h if where.kept is None else h[where.kept]).to(y.dtype), alpha=scale)
 
 
-def add_segments(y: Tensor, x: Tensor, segments: Sequence[tuple[Rows, Tensor, Tensor, float]]) -> Tensor:
-    """``y[rows] += s x[rows] A' B'`` for each segment, in place.
+def add_segments(y: Tensor, x: Tensor, rows: Rows, times: int, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """``y[rows] += s x[rows] A' B'`` for each adapter, in place.
 
     Args:
         y: ``(*, out)``, fresh from the base and no view. x: ``(tokens, in)``.
-        segments: rows of tokens, ``a (r, in)``, ``b (out, r)`` and the factor in front.
+        rows: of the batch, for each adapter. times: the tokens of a row, which stand side by side.
+        factors: ``a (r, in)``, ``b (out, r)`` and the factor in front, of each adapter.
     """
-    flat = [t for _, a, b, _ in segments for t in (a, b)]
-    rows, scales = [r for r, *_ in segments], [s for *_, s in segments]
+    flat, scales = [t for a, b, _ in factors for t in (a, b)], [s for *_, s in factors]
     if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or any(t.requires_grad for t in flat)):
-        return _Segments.apply(y, x, rows, scales, *flat)
-    return _added(y, x, rows, scales, flat)
+        return _Segments.apply(y, x, rows, times, scales, *flat)
+    few_do = len(x) <= FEW_TOKENS and not torch.is_autocast_enabled(x.device.type) and len({a.shape for a in flat[::2]}) == 1
+    if few_do and not by_triton(x, flat):
+        add_few(y.view(-1, y.shape[-1]), x, few(rows, times, x.device), factors)
+        return y
+    return _added(y, x, rows, times, scales, flat)
 
 
-def _added(y: Tensor, x: Tensor, rows: Sequence[Rows], scales: Sequence[float], flat: Sequence[Tensor]) -> Tensor:
+def by_triton(x: Tensor, flat: Sequence[Tensor]) -> bool:
+    """Whether the segments are left to Triton's kernels."""
+    if x.device.type != "cuda" or not has_triton():
+        return False
+    from .segmented_triton import fits
+
+    return fits(x, flat)
+
+
+def _added(y: Tensor, x: Tensor, rows: Rows, times: int, scales: Sequence[float], flat: Sequence[Tensor]) -> Tensor:
+    if by_triton(x, flat):
+        from .segmented_triton import add
+
+        return add(y, x, rows, times, scales, flat)
     into = y.view(-1, y.shape[-1])
-    for i, (mine, scale) in enumerate(zip(rows, scales, strict=True)):
-        a, b = flat[2 * i], flat[2 * i + 1]
+    for i, (which, scale) in enumerate(zip(rows, scales, strict=True)):
+        a, b, mine = flat[2 * i], flat[2 * i + 1], selector(which, times, x.device)
         dtype = compute_dtype(x, a)
         # With the long axis last the narrow product runs faster (see `kernels.lowrank`).
         u = (a.to(dtype) @ x[mine].to(dtype).t()).t()
@@ -95,27 +133,29 @@ def _added(y: Tensor, x: Tensor, rows: Sequence[Rows], scales: Sequence[float], 
 
 class _Segments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, rows: Sequence[Rows], scales: Sequence[float], *flat: Tensor) -> Tensor:
-        indices = [r for r in rows if isinstance(r, Tensor)]
-        ctx.save_for_backward(x, *indices, *flat)
-        ctx.rows = [r if isinstance(r, slice) else None for r in rows]
-        ctx.scales = scales
+    def forward(ctx: Any, y: Tensor, x: Tensor, rows: Rows, times: int, scales: Sequence[float], *flat: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *flat)
+        ctx.rows, ctx.times, ctx.scales = rows, times, scales
         ctx.mark_dirty(y)
-        return _added(y, x, rows, scales, flat)
+        return _added(y, x, rows, times, scales, flat)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
-        flat = saved[len(saved) - 2 * len(ctx.rows) :]
-        indices = iter(saved)
-        low_rows = g.reshape(-1, g.shape[-1])
-        dx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
-        found: list[Tensor | None] = []
-        for i, (known, scale) in enumerate(zip(ctx.rows, ctx.scales, strict=True)):
-            a, b = flat[2 * i], flat[2 * i + 1]
+        x, *flat = ctx.saved_tensors
+        _, needs_x, _, _, _, *needs = ctx.needs_input_grad
+        g_rows = g.reshape(-1, g.shape[-1])
+        # A kernel has no second derivative.
+        if by_triton(x, flat) and not torch.is_grad_enabled():
+            from .segmented_triton import gradients
+
+            dx, found = gradients(g_rows, x, ctx.rows, ctx.times, ctx.scales, flat, (needs_x, any(needs[::2]), any(needs[1::2])))
+            return g, dx, None, None, None, *(t if needed else None for t, needed in zip(found, needs, strict=True))
+        dx = torch.zeros_like(x) if needs_x else None
+        found = []
+        for i, (which, scale) in enumerate(zip(ctx.rows, ctx.scales, strict=True)):
+            a, b, mine = flat[2 * i], flat[2 * i + 1], selector(which, ctx.times, x.device)
             dtype = compute_dtype(x, a)
-            mine = next(indices) if known is None else known
-            a, b, low, into = a.to(dtype), b.to(dtype), low_rows[mine].to(dtype), x[mine].to(dtype)
+            a, b, low, into = a.to(dtype), b.to(dtype), g_rows[mine].to(dtype), x[mine].to(dtype)
             gu = (low @ b).mul_(scale)
             if dx is not None:
                 step = (gu @ a).to(dx.dtype)
@@ -123,7 +163,6 @@ class _Segments(torch.autograd.Function):
                     dx[mine] += step
                 else:
                     dx.index_add_(0, mine, step)
-            needs_a, needs_b = ctx.needs_input_grad[4 + 2 * i : 6 + 2 * i]
-            found.append((gu.t() @ into).to(flat[2 * i].dtype) if needs_a else None)
-            found.append((low.t() @ (into @ a.t())).mul_(scale).to(flat[2 * i + 1].dtype) if needs_b else None)
-        return g, dx, None, None, *found
+            found.append((gu.t() @ into).to(flat[2 * i].dtype) if needs[2 * i] else None)
+            found.append((low.t() @ (into @ a.t())).mul_(scale).to(flat[2 * i + 1].dtype) if needs[2 * i + 1] else None)
+        return g, dx, None, None, None, *found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..core.rows import selector
+from ..kernels.mixed import selector
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
