@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from inlay.initializers.compensation import best_factors, weighted
 
 from .backends import BACKENDS, SETTINGS
 from .layouts import Model
-from .support import BY_NAME, adapters
+from .support import BY_NAME, adapter_places, adapters
 from .test_backends import dense
 
 ALL = BACKENDS | SETTINGS
@@ -133,10 +134,11 @@ def test_alternating_on_every_backend(backend: str, how: str) -> None:
     if backend.split("-")[1] in ("nf4", "fp4", "int4"):
         assert often[at] < 0.97 * once[at]
     p = often[2]
+    host: Any = p.site.module
     x, (w, b) = torch.randn(3, 128), p.site.read()
     expected = torch.nn.functional.linear(x.double(), w.double() + product(p), None if b is None else b.double())
     rounds_inputs = backend in ("torchao-int8-dynamic", "bitsandbytes-int8")
-    close(p.site.module(x), expected, 0.1 if rounds_inputs else 2e-4)
+    close(host(x), expected, 0.1 if rounds_inputs else 2e-4)
 
 
 def test_the_paper_of_loftq_step_by_step() -> None:
@@ -341,12 +343,25 @@ def test_the_report_covers_stacks_and_embeddings_without_adapters(memory: int) -
 
 
 # ---- other methods, and what is refused --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"use_rslora": True}, {"use_rslora": True, "use_dora": True}])
-def test_variants_start_from_the_same_weight(options: dict[str, Any]) -> None:
-    model: Any = get_peft_model(on("inlay-nf4"), LoraConfig(r=8, target_modules=["host"], **options)).eval()
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=8, use_dora=True),
+        LoraConfig(r=8, use_rslora=True),
+        LoraConfig(r=8, use_rslora=True, use_dora=True),
+        LoraConfig(r=8, velora_config={"num_groups": 4}),
+        inlay.DyLoraConfig(r=8),
+        inlay.LoConConfig(r=8),
+        inlay.AdaLoraConfig(init_r=8, target_r=4, total_step=10),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_every_method_with_free_factors_starts_from_the_same_weight(config: Any) -> None:
+    model: Any = get_peft_model(on("inlay-nf4"), replace(config, target_modules=["host"])).eval()
     initialize_lora_cloq_weights(model, original(), [inputs()])
     (p,) = adapters(model.get_base_model())
-    wanted = p.site.read()[0].double() + product(p)
+    a, b = p.method.factors(p)  # type: ignore[attr-defined]
+    wanted = p.site.read()[0].double() + p.method.scaling * (b @ a).detach().double()  # type: ignore[attr-defined]
     close(model(torch.eye(128)), wanted.mT + model.get_base_model().host.bias.double(), 1e-4)
     left = (inputs().double() @ (dense().weight.detach().double() - wanted).mT).norm()
     assert float(left) == pytest.approx(started("inlay-nf4", "cloq")[1], rel=1e-4)
@@ -364,6 +379,10 @@ def test_methods_without_free_factors(options: dict[str, Any]) -> None:
     for start in (replace_lora_weights_loftq, lambda m, w: initialize_lora_cloq_weights(m, w, [inputs()])):
         with pytest.raises(ValueError, match="'host' cannot start from what quantising lost: .* no product of free factors"):
             start(model, original())
+    with pytest.raises(ValueError, match="cannot start from what quantising lost"):
+        replace_lora_weights_loftq(model, original(), iterations=3)
+    (place,) = adapter_places(model.get_base_model())
+    assert torch.equal(place.site.read()[0], on("inlay-nf4").host.weight.dequantize())
     assert all(torch.equal(q, before[n]) for n, q in model.named_parameters() if n in before)
 
 

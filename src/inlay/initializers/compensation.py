@@ -8,14 +8,15 @@ reach is made up for as far as it lies in that span.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..core.method import full
 from .offset import alive
+from .started import Started
 from .svd import precise, singular_vectors
 
 if TYPE_CHECKING:
@@ -86,16 +87,17 @@ def compensate(place: Place, p: Adapter, w: Tensor, root: Tensor | None = None, 
         ValueError: the method has no free factors A and B, or the host's weight cannot be quantised again.
     """
     site, method = p.site, p.method
-    names = _free(p)
-    values: list[Any] = [getattr(p, name) for name in names]
-    before, store = [v.detach().clone() for v in values], site.store
+    if not isinstance(method, Started) or not all(p.declared[name].trainable for name in method.names(site)):
+        raise ValueError(_bound(p))
+    tensors, r, scaling = method.tensors(p), method.rank_at(site), method.scaling
+    before, store = [t.detach().clone() for t in tensors], site.store
     if iterations > 1 and (why := store.unwritable(site.module, site.name)):
         raise ValueError(f"{place.path!r} cannot be quantised a second time: {why} Use iterations=1.")
     wanted = precise(site.matrix(w.to(site.device)))
     if wanted.shape != site.shape:
         raise ValueError(f"{place.path}.{site.name} is of shape {tuple(w.shape)} originally and of {tuple(site.raw_shape)} in the model.")
-    r, scaling = values[0].shape[-2], method.scaling  # type: ignore[attr-defined]
-    held, kept, least, product = None, None, float("inf"), None
+    first = held = store.held(site.module, site.name)
+    kept, least, product = None, float("inf"), None
     for _ in range(iterations):
         if product is not None:
             store.write(site.module, site.name, site.raw((wanted - product).float()))
@@ -108,33 +110,29 @@ def compensate(place: Place, p: Adapter, w: Tensor, root: Tensor | None = None, 
     assert kept is not None
     if iterations > 1:
         store.put(site.module, site.name, held)
-    for value, new in zip(values, alive(*kept, r), strict=True):
-        value.copy_(new)
+    a, b = alive(*kept, r)
+    placed = method.placed(site, a, b)
+    fit = all(new.shape == t.shape for t, new in zip(tensors, placed, strict=True))
+    if fit:
+        _set(p, tensors, placed)
+        stored = full(site.read()[0])
+        meant = stored + scaling * (b @ a).to(stored)
+        fit = torch.allclose(method.fold(p, stored, None)[0], meant, rtol=1e-3, atol=1e-3 * float(meant.abs().max()))
+    if not fit:
+        _set(p, tensors, before)
+        store.put(site.module, site.name, first)
+        raise ValueError(_bound(p))
+
+
+def _set(p: Adapter, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
     # What depends on the factors, such as DoRA's magnitudes.
-    method.start(p)
-    stored = full(site.read()[0])
-    meant = stored + scaling * (full(values[1]) @ full(values[0]))
-    if not torch.allclose(method.fold(p, stored, None)[0], meant, rtol=1e-3, atol=1e-3 * float(meant.abs().max())):
-        for value, old in zip(values, before, strict=True):
-            value.copy_(old)
-        method.start(p)
-        raise ValueError(_others(p))
+    p.method.start(p)
 
 
-def _free(p: Adapter) -> tuple[str, str]:
-    """The names of A and B."""
-    names: Callable[..., tuple[str, str]] | None = getattr(p.method, "names", None)
-    if names is None or not hasattr(p.method, "scaling"):
-        raise ValueError(_others(p))
-    a, b = names(p.site)
-    shape = (*getattr(p, b).shape[:-1], getattr(p, a).shape[-1])
-    if shape != p.site.shape or not (p.declared[a].trainable and p.declared[b].trainable):
-        raise ValueError(_others(p))
-    return a, b
-
-
-def _others(p: Adapter) -> str:
-    kind = f"{type(p.method).__name__} with init_lora_weights={getattr(p.method, 'init_lora_weights', None)!r}"
+def _bound(p: Adapter) -> str:
+    kind = f"{type(p.method).__name__} with {getattr(p.method, 'init_option', 'init_weights')}={getattr(p.method, 'init', None)!r}"
     return (
         f"{p.path!r} cannot start from what quantising lost: the update of {kind} is no product of free factors A and B. "
         "Use LoraConfig with init_lora_weights=True."
