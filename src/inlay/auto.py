@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .core.config import PeftConfig
+from .core.config import PeftConfig, nearest
 from .formats.folder import hub_options
 from .model import (
     PeftModel,
@@ -49,6 +50,7 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
+        quantization: str | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """
@@ -58,11 +60,13 @@ class AutoPeftModel:
             is_trainable: train it; else it is frozen.
             config: a configuration in place of the file's.
             revision: the adapter's revision on a hub.
+            quantization: ``"nf4"``, ``"fp4"``, ``"int4"`` or ``"int8"`` for the base, or a mapping with ``to`` and further options of
+                `inlay.from_pretrained_quantized`; each tensor is quantised as it is read.
             kwargs: for the base's ``from_pretrained`` (``dtype``, ``device_map``, ...), and ``subfolder``, ``strict``,
                 ``allow_pickle`` for the adapter.
 
         Raises:
-            ValueError: the file does not say what its base is, or is of another task than this class.
+            ValueError: the file does not say what its base is, or is of another task than this class; the quantisation is unknown.
         """
         own = {k: kwargs.pop(k) for k in ("subfolder", "strict", "allow_pickle") if k in kwargs}
         hub = hub_options(kwargs)
@@ -75,7 +79,11 @@ class AutoPeftModel:
         task = str(config.task_type) if config.task_type is not None else None
         if cls._task is not None and task is not None and task != cls._task:
             raise ValueError(f"The adapter is for the task {task}, not {cls._task}; use AutoPeftModel, which goes by the file.")
-        base = _base_class(cls._task or task, config).from_pretrained(config.base_model_name_or_path, revision=config.revision, **kwargs)
+        base_class = _base_class(cls._task or task, config)
+        source, kwargs = config.base_model_name_or_path, {"revision": config.revision} | kwargs
+        base = (
+            base_class.from_pretrained(source, **kwargs) if quantization is None else _quantized(base_class, source, quantization, kwargs)
+        )
         _fit_vocabulary(base, Path(pretrained_model_name_or_path))
         return cls._target_peft_class.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config, revision=revision, **own, **hub
@@ -93,6 +101,16 @@ def _base_class(task: str | None, config: PeftConfig) -> Any:
             "load the base yourself and use PeftModel.from_pretrained."
         )
     return getattr(importlib.import_module(library), name)
+
+
+def _quantized(base_class: Any, source: str, quantization: str | Mapping[str, Any], kwargs: dict[str, Any]) -> Any:
+    from .quantize import from_pretrained_quantized
+
+    options = {"to": quantization} if isinstance(quantization, str) else dict(quantization)
+    known = ("to", "skip", "double", "block", "compute_dtype")
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"quantization has {unknown[0]!r}; its options are {', '.join(known)}.{nearest(unknown[0], known)}")
+    return from_pretrained_quantized(source, auto_class=base_class, **options, **kwargs)
 
 
 def _fit_vocabulary(base: Any, folder: Path) -> None:

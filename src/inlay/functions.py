@@ -13,6 +13,7 @@ from .core.attach import attach, detach
 from .core.config import PeftConfig
 from .core.inlaid import places
 from .core.method import Method
+from .core.stores import store_of
 from .core.targets import bare_model
 from .formats.state import PREFIX
 from .model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftMixedModel, PeftModel, require_input_gradients
@@ -93,14 +94,19 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Freeze a base, keep what is not quantised in float32, and let gradients pass its checkpointed blocks.
 
+    Layers of bitsandbytes and of Inlay take inputs of any dtype. Those of other backends need the dtype that they were made for, so
+    a model that has them keeps its dtypes.
+
     Args:
         model: a base, quantised or in half precision; changed in place.
         use_gradient_checkpointing: turn it on.
         gradient_checkpointing_kwargs: for it; non-reentrant where nothing is said.
     """
+    any_input = {store_of(m, n).backend for m in model.modules() for n in m._parameters} <= {"", "bitsandbytes", "inlay"}
     for q in model.parameters():
         q.requires_grad_(False)
-        if q.dtype in (torch.float16, torch.bfloat16) and type(q).__name__ not in ("Params4bit", "Int8Params"):
+        # The codes of bitsandbytes may be stored as if they were numbers in half precision.
+        if any_input and q.dtype in (torch.float16, torch.bfloat16) and type(q).__name__ not in ("Params4bit", "Int8Params"):
             q.data = q.data.float()
     if use_gradient_checkpointing:
         kwargs = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs

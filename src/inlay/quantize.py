@@ -34,7 +34,7 @@ def quantizable(model: nn.Module, skip: Collection[str] | None = None) -> dict[s
 
     Args:
         skip: names of modules or parameters, or their ends, or regular expressions for all of them, that stay as they are. Where
-            None, the embeddings and the output head stay.
+            None, the embeddings and the heads (of tokens or of a task) stay.
 
     Raises:
         ValueError: a name to skip fits nothing.
@@ -64,11 +64,14 @@ def _fits(pattern: str, name: str) -> bool:
 
 
 def _heads(model: nn.Module) -> set[str]:
+    """Weights that look tokens up, give logits, or stand for a task beside the model's body."""
+    body = getattr(model, "base_model", model)
+    inside = {id(m) for m in body.modules()} if isinstance(body, nn.Module) and body is not model else None
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     return {
         f"{path}.weight" if path else "weight"
         for path, module in model.named_modules()
-        if isinstance(module, nn.Embedding) or (module is head and head is not None)
+        if isinstance(module, nn.Embedding) or (module is head and head is not None) or (inside is not None and id(module) not in inside)
     }
 
 
@@ -90,7 +93,7 @@ def quantize_(
     Args:
         to: ``"nf4"``, ``"fp4"``, ``"int4"`` (blocks with a scale each), or ``"int8"`` (rows with a scale each).
         skip: modules or parameters that stay, by name, end of a name, or regular expression; ``[]`` quantises all that can be. Where
-            None, the embeddings and the output head stay.
+            None, the embeddings and the heads (of tokens or of a task) stay.
         double: quantise the scales as well, to 8 bits.
         block: numbers that share a scale.
         compute_dtype: the dtype of the products, where it is not the weight's own.

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import inlay
 from inlay.formats import folder as files
 
-from .tiny import assert_same, ids, llama, logits, snapshot, stir
+from .tiny import assert_same, bert_classifier, ids, llama, logits, snapshot, stir
 
 
 @pytest.fixture
@@ -254,6 +254,46 @@ def test_auto_model_from_the_folder_alone(tmp_path):
         assert torch.equal(logits(loaded, ids()), logits(model.eval(), ids()))
     with pytest.raises(ValueError, match="for the task CAUSAL_LM"):
         inlay.AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("to", ["nf4", "int8", {"to": "nf4", "double": False, "skip": ["down_proj", "lm_head", "embed_tokens"]}], ids=str)
+def test_auto_model_on_a_quantised_base(to, tmp_path):
+    """The base is quantised as it is read; the adapter is the same."""
+    llama().save_pretrained(tmp_path / "base")
+    base = inlay.from_pretrained_quantized(tmp_path / "base", **({"to": to} if isinstance(to, str) else to))
+    model = inlay.get_peft_model(base, inlay.LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    stir(model)
+    model.save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    for cls in (inlay.AutoPeftModel, inlay.AutoPeftModelForCausalLM):
+        loaded = cls.from_pretrained(tmp_path / "adapter", quantization=to)
+        assert torch.equal(logits(loaded, ids()), logits(model.eval(), ids()))
+        kinds = {n: type(q).__name__ for n, q in loaded.get_base_model().named_parameters()}
+        assert kinds["model.layers.0.self_attn.q_proj.weight"] == "QuantizedTensor"
+        assert kinds["model.layers.0.mlp.down_proj.weight"] == ("QuantizedTensor" if isinstance(to, str) else "Parameter")
+    with pytest.raises(ValueError, match="'nf5'"):
+        inlay.AutoPeftModel.from_pretrained(tmp_path / "adapter", quantization="nf5")
+    with pytest.raises(ValueError, match=r"'dubble'; its options are .* Did you mean 'double'"):
+        inlay.AutoPeftModel.from_pretrained(tmp_path / "adapter", quantization={"to": "nf4", "dubble": True})
+
+
+def test_auto_model_with_a_task_head_on_a_quantised_base(tmp_path):
+    bert_classifier().save_pretrained(tmp_path / "base")
+    from transformers import AutoModelForSequenceClassification
+
+    dense = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = inlay.get_peft_model(dense, inlay.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+    stir(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = inlay.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", quantization="nf4", is_trainable=True)
+    kinds = {n: type(q).__name__ for n, q in loaded.named_parameters()}
+    assert sum(kind == "QuantizedTensor" for kind in kinds.values()) == 2 * 6 + 1  # six in a layer, and the pooler
+    assert not [n for n, kind in kinds.items() if "classifier" in n and kind == "QuantizedTensor"]
+    y, expected = logits(loaded.eval(), ids()), logits(model.eval(), ids())
+    assert 0 < (y - expected).norm() / expected.norm() < 0.3
+    loaded.train()(input_ids=ids(), labels=torch.tensor([0, 1])).loss.backward()
+    assert any(q.grad is not None for n, q in loaded.named_parameters() if "classifier" in n)
 
 
 def test_nothing_is_imported_because_a_file_asks_for_it(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+import inlay
 from inlay import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
@@ -66,6 +67,38 @@ def test_checkpointing_changes_no_gradient(folder: Path) -> None:
     assert len(found[0]) == 12
     for name, grad in found[0].items():
         torch.testing.assert_close(found[1][name], grad)
+
+
+def test_preparing_keeps_the_dtypes_that_torchao_needs(folder: Path) -> None:
+    """Its kernels for some formats take no input of another dtype."""
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    for config in (Int8WeightOnlyConfig(), Float8WeightOnlyConfig()):
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        quantize_(model, config, filter_fn=lambda m, name: isinstance(m, nn.Linear) and name != "lm_head")
+        expected, kinds = logits(model), {n: (type(q), q.dtype) for n, q in model.named_parameters()}
+        prepared = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        assert {n: (type(q), q.dtype) for n, q in prepared.named_parameters()} == kinds
+        assert torch.equal(logits(prepared), expected)
+        peft = get_peft_model(prepared, LoraConfig(r=4, target_modules=["q_proj"]))
+        peft.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        assert sum(q.grad is not None for q in peft.parameters()) == 4
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_preparing_casts_what_is_not_quantised(folder: Path, storage: torch.dtype) -> None:
+    config = BitsAndBytesConfig(**NF4 | {"bnb_4bit_quant_storage": storage})
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
+    codes = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    prepared: Any = prepare_model_for_kbit_training(model)
+    assert torch.equal(prepared.model.layers[0].mlp.up_proj.weight, codes)
+    assert {q.dtype for q in prepared.parameters() if type(q) is nn.Parameter} == {torch.float32}
+    assert prepared.is_gradient_checkpointing
+    own = inlay.quantize_(LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
+    expected = logits(own)
+    found = logits(prepare_model_for_kbit_training(own))
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 def test_files_and_switching(folder: Path, tmp_path: Path) -> None:
