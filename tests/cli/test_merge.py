@@ -106,6 +106,34 @@ def test_a_merge_that_does_not_verify_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("into", ["dequantized", "requantized", "original"])
+def test_into_a_quantised_base(into: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from inlay import from_pretrained_quantized, quantize_
+
+    base = tmp_path / "nf4"
+    shutil.copytree(folder / "base", base)
+    quantize_(AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto"), "nf4").save_pretrained(base)
+    words = ["merge", base, "--adapter", folder / "lora", "--out", tmp_path / "out", "--base-dtype", into, "--verify"]
+    code, out, err = inlay(capsys, *words, *(["--original", folder / "base"] if into == "original" else []), "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert ("quantised" in facts) == ("rounding" in facts) == (into == "requantized")
+    assert facts["error"] < (0.2 if into == "requantized" else 1e-4)
+    before = weights(folder / "base")["model.layers.0.self_attn.q_proj.weight"]
+    if into == "requantized":
+        assert 0.02 < facts["rounding"]["all"]["of_weight"] < 0.2
+        assert len(facts["rounding"]["layers"]) == len(facts["changes"]) == 4
+        assert from_pretrained_quantized(tmp_path / "out").get_parameter("model.layers.0.self_attn.q_proj.weight").shape == before.shape
+    else:
+        assert weights(tmp_path / "out")["model.layers.0.self_attn.q_proj.weight"].shape == before.shape
+        assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    code, out, _ = inlay(capsys, *(tmp_path / "said" if w == tmp_path / "out" else w for w in words[:-3]), "--base-dtype", "requantized")
+    assert "quantised again" in out
+    assert "merged model, nf4" in " ".join(out.split())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -116,7 +144,10 @@ def test_a_merge_that_does_not_verify_is_not_kept(
         (["{folder}/bsae", "--adapter", "{folder}/lora", "--out", "{out}"], "Did you mean base"),
         (["--adapter", "{folder}/lora", "--out", "{out}", "--weights", "1", "2"], "2 numbers for 1 adapters"),
         (["--adapter", "{folder}/lora", "--out", "{out}", "--out-dtype", "int4"], "give bf16, fp16, fp32"),
-        (["--adapter", "{folder}/lora", "--out", "{out}", "--base-dtype", "requantized"], "is not quantised; leave the flag out"),
+        (["--adapter", "{folder}/lora", "--out", "{out}", "--base-dtype", "requantized"], "is not quantised, so there is"),
+        (["--adapter", "{folder}/lora", "--out", "{out}", "--base-dtype", "dequantised"], "Did you mean dequantized"),
+        (["--adapter", "{folder}/lora", "--out", "{out}", "--base-dtype", "original"], "--original is missing"),
+        (["--adapter", "{folder}/lora", "--out", "{out}", "--original", "{folder}/base"], "only --base-dtype original"),
         (["--adapter", "{folder}/lora", "--adapter", "{folder}/more", "--out", "{out}", "--combine", "tise"], "Did you mean 'ties'"),
         (["--adapter", "{folder}/lora", "--adapter", "{folder}/more", "--out", "{out}", "--combine", "ties", "--density=-1"], "share in"),
         (["{quantised}", "--adapter", "{folder}/lora", "--out", "{out}"], "Give the folder of the original, dense weights"),

@@ -39,8 +39,9 @@ def merge(
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of what is drawn.")] = None,
     out_dtype: Annotated[str | None, typer.Option("--out-dtype", help="bf16, fp16 or fp32; as in the base when not given.")] = None,
     base_dtype: Annotated[
-        str, typer.Option("--base-dtype", help="Of a quantised base: original, dequantized or requantized.")
-    ] = "original",
+        str | None, typer.Option("--base-dtype", help="What a quantised base becomes: dequantized, requantized or original.")
+    ] = None,
+    original: Annotated[str | None, typer.Option("--original", help="Folder or hub id of the weights from before quantising.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Load both models and compare their logits on a few prompts.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and write nothing.")] = False,
     model: Annotated[str | None, typer.Option("--model", help="The base, by a flag.", hidden=True)] = None,
@@ -52,7 +53,7 @@ def merge(
     Weights are read, changed and written one by one, so memory for one of them is enough. The folder appears whole. After an
     interruption, the same command goes on where it was.
     """
-    from inlay.training.errors import InputError
+    from inlay.training.errors import InputError, near_miss
 
     hush()
     if base is not None and model is not None:
@@ -62,8 +63,12 @@ def merge(
         raise InputError("--out is missing: name a new folder for the merged model.")
     if out is not None and out.exists():
         raise InputError(f"--out {out}: exists already; name a new folder.")
-    if base_dtype not in BASE_DTYPES:
-        raise InputError(f"--base-dtype {base_dtype}: give {', '.join(BASE_DTYPES)}.")
+    if base_dtype is not None and base_dtype not in BASE_DTYPES:
+        raise InputError(f"--base-dtype {base_dtype}: give {', '.join(BASE_DTYPES)}.{near_miss(base_dtype, list(BASE_DTYPES))}")
+    if original is not None and base_dtype != "original":
+        raise InputError("--original: only --base-dtype original takes other weights than BASE's.")
+    if base_dtype == "original" and original is None:
+        raise InputError("--original is missing: name the folder or hub id of the weights from before quantising.")
     if out_dtype is not None and out_dtype not in (*DTYPES, *DTYPES.values()):
         raise InputError(f"--out-dtype {out_dtype}: give {', '.join(DTYPES)}.")
     numbers = parsed_weights(weights, len(adapters))
@@ -74,11 +79,20 @@ def merge(
 
     dtype = None if out_dtype is None else getattr(torch, DTYPES.get(out_dtype, out_dtype))
     try:
-        planned = StreamMerge(folder, adapters, numbers, dtype, combine=how, density=density, majority_sign_method=majority, seed=seed)
+        planned = StreamMerge(
+            folder,
+            adapters,
+            numbers,
+            dtype,
+            base_dtype=base_dtype,
+            original=None if original is None else _folder(original),
+            combine=how,
+            density=density,
+            majority_sign_method=majority,
+            seed=seed,
+        )
     except (ValueError, TypeError) as error:
         raise InputError(" ".join(str(error).split())) from error
-    if base_dtype != "original":
-        raise InputError(f"--base-dtype {base_dtype}: {folder} is not quantised; leave the flag out.")
     facts = _facts(planned, out)
     screen = console(to_stderr=as_json)
     if dry_run or out is None:
@@ -102,10 +116,15 @@ def merge(
         screen.print("What is finished is kept: the same command goes on from there.")
         raise
     facts |= errors
+    if planned.rounding:
+        facts["rounding"] = _rounding(planned)
     if as_json:
         emit(facts)
         return
-    screen.print(f"[bold]{out}[/]: merged model, {facts['dtype']}, {facts['bytes'] / 1e6:,.1f} MB, {len(planned.changes)} weights changed")
+    kind = facts.get("quantised", facts["dtype"])
+    screen.print(f"[bold]{out}[/]: merged model, {kind}, {facts['bytes'] / 1e6:,.1f} MB, {len(planned.changes)} weights changed")
+    if planned.rounding:
+        _show_rounding(facts["rounding"], screen)
     if errors:
         screen.print(f"largest error of a logit, relative to the largest one: {errors['error']:.1e}")
 
@@ -143,14 +162,19 @@ def _folder(base: str) -> Path:
 def _facts(planned: StreamMerge, out: Path | None) -> dict[str, Any]:
     from collections import Counter
 
+    from inlay.formats.packed import Packed
+
     dtypes = Counter[str]()
     for entry in planned.checkpoint.tensors.values():
         dtypes[str(entry.torch_dtype)] += entry.nbytes
     dtype = dtypes.most_common(1)[0][0] if planned.out_dtype is None else str(planned.out_dtype)
+    stay = [e for e in planned.checkpoint.tensors.values() if isinstance(e, Packed) and planned.keeps(e)]
+    kept = str(stay[0].described.get("quant_type", "int8")) if stay else None
     return {
         "out": None if out is None else str(out),
         "base": str(planned.folder),
         "dtype": dtype.removeprefix("torch."),
+        **({} if kept is None else {"quantised": kept}),
         "bytes": planned.size,
         "shards": len(planned.shards),
         "tensors": len(planned.where),
@@ -172,11 +196,35 @@ def _show(planned: StreamMerge, facts: dict[str, Any], screen: Any) -> None:
         made.add_row(escape(name), shape, str(count), escape(how))
     screen.print(made)
     for name, value in planned.config_changes.items():
-        screen.print(f"config.json: {name} becomes {value}")
+        screen.print(f"config.json: {name} " + ("goes" if value is None else f"becomes {value}"))
     screen.print(
         f"{len(planned.changes)} of {facts['tensors']} tensors change; {facts['bytes'] / 1e6:,.1f} MB in {facts['shards']} files would be "
         f"written, {facts['dtype']}. Nothing was."
     )
+
+
+def _rounding(planned: StreamMerge) -> dict[str, Any]:
+    """What quantising the merged weights again lost, of each and of all."""
+    from inlay.operations.stream_merge import Rounding
+
+    def shares(r: Rounding) -> dict[str, float]:
+        return {"of_weight": r.of_weight, "of_change": r.of_change}
+
+    layers = {name: shares(r) for name, r in planned.rounding.items()}
+    return {"layers": layers, "all": shares(Rounding.total(planned.rounding.values()))}
+
+
+def _show_rounding(rounding: dict[str, Any], screen: Any) -> None:
+    from rich.markup import escape
+
+    made = table("quantised again", "error, of the weight", "of what changed", right=("error, of the weight", "of what changed"))
+    for name, share in rounding["layers"].items():
+        made.add_row(escape(name), f"{share['of_weight']:.2%}", f"{share['of_change']:.1%}")
+    share = rounding["all"]
+    made.add_row("[bold]all[/]", f"[bold]{share['of_weight']:.2%}[/]", f"[bold]{share['of_change']:.1%}[/]")
+    screen.print(made)
+    if share["of_change"] > 0.5:
+        screen.print("Rounding takes much of what the adapters changed; --base-dtype dequantized keeps all of it.")
 
 
 @contextmanager
@@ -206,8 +254,11 @@ def compared(planned: StreamMerge, written: Path, device: str, screen: Any) -> f
     screen.print("comparing with the adapted model", style="dim")
     prompts = _token_ids(written, planned.base.model.get_input_embeddings().weight.shape[0])
     wanted = _logits(_adapted(planned).to(where).eval(), prompts)
-    merged = planned.model_class.from_pretrained(str(written), dtype="auto").to(where).eval()
+    merged = _opened(planned, written).to(where).eval()
     error = max(relative_error(one, other) for one, other in zip(wanted, _logits(merged, prompts), strict=True))
+    if planned.rounding:
+        # How much quantising again may take is not ours to say.
+        return error
     number_type = str(merged.dtype).removeprefix("torch.")
     if not error <= TOLERANCE.get(number_type, TOLERANCE["float32"]):
         raise RuntimeError(
@@ -216,11 +267,21 @@ def compared(planned: StreamMerge, written: Path, device: str, screen: Any) -> f
     return error
 
 
+def _opened(planned: StreamMerge, folder: Path) -> Any:
+    """A folder's model; a quantised one without the library that wrote it."""
+    from inlay import from_pretrained_quantized
+    from inlay.operations.disk_base import quantisation, read_config
+
+    if quantisation(read_config(folder)) is None:
+        return planned.model_class.from_pretrained(str(folder), dtype="auto")
+    return from_pretrained_quantized(str(folder), auto_class=planned.model_class, dtype="auto")
+
+
 def _adapted(planned: StreamMerge) -> Any:
     """The base with the adapters in it, as it would be used without merging."""
     from inlay import PeftModel
 
-    base = planned.model_class.from_pretrained(str(planned.folder), dtype="auto")
+    base = _opened(planned, planned.folder)
     rows = planned.config_changes.get("vocab_size")
     if rows is not None:
         base.resize_token_embeddings(rows)

@@ -142,34 +142,36 @@ def _named(plan: Plan, place: Place, w: Tensor, b: Tensor | None) -> dict[str, T
 def _only_adds(p: Adapter) -> bool:
     """Whether an adapter's fold is ``w + s B A`` and leaves the bias alone."""
     method = p.method
-    if not isinstance(method, LowRank) or type(method).fold is not Additive.fold or type(method).delta is not LowRank.delta:
+    own: Any = type(method)
+    if not isinstance(method, LowRank) or own.fold is not Additive.fold or own.delta is not LowRank.delta:
         return False
-    return p.trained_bias is None and method.delta_bias(p) is None
+    return own.plus_delta is LowRank.plus_delta and p.trained_bias is None and method.delta_bias(p) is None
 
 
 class Factors:
-    """The factors of one adapter, and the slices of what they add."""
+    """The factors of one adapter, and what they add to slices."""
 
     def __init__(self, p: Adapter) -> None:
         method: Any = p.method
         self.a, self.b = map(full, method.factors(p))
         self.scaling, self.strength = method.scaling, p.strength
 
-    def delta(self, site: Site, rows: slice) -> Tensor:
-        """What is added to these rows of the host's tensor, as the matrix has it."""
+    def add_to(self, w: Tensor, site: Site, rows: slice) -> None:
+        """Add to the matrix of these rows of the host's tensor."""
         a, b = self.a, self.b
         if site.batch:
-            a, b = a[rows], b[rows]
-        elif isinstance(site, TransposedLinear):
+            w.add_((b[rows] @ a[rows]).mul_(self.scaling), alpha=self.strength)
+            return
+        if isinstance(site, TransposedLinear):
             a = a[:, rows]
         else:
             b = b[rows]
-        return (b @ a).mul_(self.scaling).mul_(self.strength)
+        w.addmm_(b, a, alpha=self.scaling * self.strength)
 
 
 def added(site: Site, raw: Tensor, rows: slice, factors: Sequence[Factors]) -> Tensor:
     """Rows of the host's tensor with the updates in them, in full precision. What was read is no longer needed."""
     w = full(site.matrix(raw))
     for f in factors:
-        w.add_(f.delta(site, rows))
+        f.add_to(w, site, rows)
     return site.matrix(w)
