@@ -119,7 +119,7 @@ def hotswap_adapter_from_state_dict(
     bare = _bare(model)
     here = {(p.path, p.name): p for p in places(bare) if adapter_name in p.adapters}
     if not here:
-        raise ValueError(f"There is no adapter {adapter_name!r} in the model; load it before swapping others into it.")
+        raise ValueError(_absent(model, adapter_name))
     if any(adapter_name in place.merged for place in here.values()):
         raise ValueError(f"Cannot hot-swap adapter {adapter_name!r} while it is merged; unmerge it first.")
     own = _config_of(here, adapter_name)
@@ -169,7 +169,7 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
     bare = _bare(model)
     here = {(p.path, p.name): p for p in places(bare) if adapter_name in p.adapters}
     if not here:
-        raise ValueError(f"There is no adapter {adapter_name!r} in the model; load it before swapping others into it.")
+        raise ValueError(_absent(model, adapter_name))
     check_hotswap_configs_compatible(_config_of(here, adapter_name), config)
     tensors = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **kwargs)
     hotswap_adapter_from_state_dict(model, tensors, adapter_name, config)
@@ -285,6 +285,15 @@ def _filled(bank: nn.Module | None, values: Mapping[str, Tensor]) -> nn.Module |
 def _bare(model: nn.Module) -> Any:
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _absent(model: nn.Module, name: str) -> str:
+    """What to say where no layer has the adapter."""
+    wrapped = getattr(model, "_orig_mod", model)
+    config = wrapped.peft_config.get(name) if isinstance(wrapped, PeftModel) else None
+    if config is None or isinstance(config, Method):
+        return f"There is no adapter {name!r} in the model; load it before swapping others into it."
+    return f"Hotswapping is for adapters of weights, and {name!r} ({config.peft_type}) acts on inputs; load the other one beside it."
 
 
 def _by_name(bare: nn.Module) -> dict[str, dict[str, Adapter]]:

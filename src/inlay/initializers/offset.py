@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.method import Method, Param, generator_for, kaiming_uniform, zeros
+from ..core.method import Method, Param, generator_for, kaiming_uniform, padded, zeros
 from ..core.mixins import mixed_in
 from ..core.site import Site
 from .started import Started
@@ -86,10 +86,14 @@ class Offset(Started):
     def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
         """Beyond the smaller rank stands the start, which is taken off again."""
         values, kept = super().padded(p, small), self.kept(p.site)
+        if all(value.shape == getattr(small, name).shape for name, value in values.items()):
+            return values
         if len(kept) > 2:
             raise ValueError(f"it consists of {', '.join(kept)}, whose starts are bound to one another")
         (a, a_start), (b, b_start) = kept.items()
         r = getattr(small, a).shape[-2]
+        scale = small.method.scaling * small.strength / self.scaling  # type: ignore[attr-defined]
+        values[b] = padded(getattr(small, b), values[b].shape) * scale
         for value, start in ((values[a], getattr(p, a_start)), (values[b].mT, getattr(p, b_start).mT)):
             if not self.starter.from_data:
                 value[..., r:, :] = start[..., r:, :]

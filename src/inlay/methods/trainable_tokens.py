@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.config import PeftType
 from ..core.families import acts_on_last_axis
-from ..core.method import Method, Param, register, zeros
+from ..core.method import Method, Param, full, register, zeros
 from ..core.site import Embedding, Site
 
 if TYPE_CHECKING:
@@ -78,6 +78,17 @@ class TrainableTokensConfig(Method):
             p.trainable_tokens_delta.data.copy_(rows[self.token_indices])
         else:
             p.trainable_tokens_delta.data.normal_(generator=torch.Generator().manual_seed(self.seed or 0))
+
+    def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
+        """By token; those that only the larger one has are as in the base."""
+        mine, its = self.token_indices, small.method.token_indices  # type: ignore[attr-defined]
+        missing = sorted({*its} - {*mine})
+        if missing:
+            raise ValueError(f"it retrains token {missing[0]}, which is not among those of the adapter that is there")
+        w, _ = p.site.read()
+        rows = (full(w).mT if isinstance(p.site, Embedding) else full(w)).detach()[mine].to(small.trainable_tokens_delta.dtype)
+        rows[[mine.index(token) for token in its]] = small.trainable_tokens_delta.detach()
+        return {"trainable_tokens_delta": rows}
 
     def _index(self, like: Tensor) -> Tensor:
         return torch.tensor(self.token_indices, device=like.device)

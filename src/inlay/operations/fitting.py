@@ -96,7 +96,11 @@ class _Probe:
         self.seat = seat
 
     def effect_of(self, p: Adapter) -> Tensor:
-        return self._effect(p, p.strength)
+        training = p.training
+        try:
+            return self._effect(p.eval(), p.strength)
+        finally:
+            p.train(training)
 
     def effect(self, values: Mapping[str, Tensor]) -> Tensor:
         for name in self.twin.declared:
@@ -104,7 +108,7 @@ class _Probe:
             table: Any = self.twin._parameters if trained else self.twin._buffers
             value = values[name] if name in values else getattr(self.seat, name)
             table[name] = nn.Parameter(value, requires_grad=False) if trained else value
-        return self._effect(self.twin, 1.0)
+        return self._effect(self.twin.eval(), 1.0)
 
     def _effect(self, p: Adapter, strength: float) -> Tensor:
         method, site = p.method, self.seat.site
