@@ -16,6 +16,7 @@ from .core.calls import calling, penalised
 from .core.config import PeftConfig
 from .core.inlaid import adapters_of, places, session_of
 from .core.retrained import Retrained
+from .core.mixed import factors_rest
 from .core.rows import Order
 from .core.session import Session, carry_choices
 from .formats.card import write_card
@@ -174,7 +175,8 @@ class PeftModel(nn.Module):
             order = Order.of(adapter_names, args, kwargs)
         if order is not None:
             adapter_names, (args, kwargs) = order.rows, order.into(args, kwargs)
-        with self._rows(adapter_names), calling(self.get_base_model(), args, kwargs):
+        resting = nullcontext() if adapter_names is None else factors_rest()
+        with self._rows(adapter_names), resting, calling(self.get_base_model(), args, kwargs):
             if self._prompted():
                 from .prompts import generate_with_prompt
 

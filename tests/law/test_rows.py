@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
+from inlay.core import mixed as core_mixed
 from inlay.core.rows import Order, grouped
+from inlay.kernels.mixed import stack
 
 ROWS: list[Any] = ["a", "b", "__base__", "a", ("a", "b"), "c", "d", "b"]
 
@@ -70,6 +72,26 @@ def test_generation_by_rows(beams: int) -> None:
         with of(model, row):
             alone = model.generate(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1], **options)
         assert torch.equal(together[i], alone[0]), row
+
+
+def test_a_generation_puts_factors_side_by_side_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next one anew, so that what has changed in between counts."""
+    model = inlay.get_peft_model(base(), inlay.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, seed=1), "a").eval()
+    model.add_adapter("b", inlay.LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj"], init_lora_weights=False, seed=2))
+    made: list[int] = []
+    monkeypatch.setattr(core_mixed, "stack", lambda factors: made.append(len(factors)) or stack(factors))
+    ids, options = tokens(4), {"max_new_tokens": 5, "do_sample": False, "min_new_tokens": 5}
+    mask = torch.ones_like(ids)
+    for scale in (1.0, 40.0):
+        for q in inlay.parameters_of(model, "b"):
+            q.data *= scale
+        made.clear()
+        together = model.generate(input_ids=ids, attention_mask=mask, adapter_names=["b", "a", "b", "a"], **options)
+        assert made == [2, 2]
+        for i, name in enumerate("baba"):
+            with model.use_adapters(name):
+                alone = model.generate(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1], **options)
+            assert torch.equal(together[i], alone[0])
 
 
 @torch.no_grad()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..kernels.mixed import Selector, add_segments, selector
+from ..kernels.mixed import Factors, Rows, Selector, Stack, add_segments, selector, stack
 from .method import LowRank, Method
 from .rows import Group, entries_a_row, put_back, taken
 from .site import Embedding, Linear, TransposedLinear
@@ -36,8 +38,8 @@ def mixed(
         groups: the rows by their adapters at this place.
     """
     times, device = entries_a_row((x,), count)
-    if not args and not kwargs and not torch.compiler.is_compiling() and (found := _all_low_rank(place, groups)) is not None:
-        return _add_low_rank(call(x), x, found, count)
+    if not args and not kwargs and not torch.compiler.is_compiling() and (update := _low_rank(place, groups)) is not None:
+        return _add_low_rank(call(x), x, update, count)
     size, whole = times * count, None
 
     def of_all(mine: Selector) -> Tensor:
@@ -101,8 +103,37 @@ def _adds_low_rank_alone(p: Adapter) -> bool:
     return known and not (p.training and p.method.dropout)  # type: ignore[attr-defined]
 
 
-def _all_low_rank(place: Place, groups: Sequence[Group]) -> dict[Adapter, list[int]] | None:
-    """The rows of each adapter, where all of them only add to a layer that multiplies the last axis."""
+class _Update(NamedTuple):
+    """What a layer's adapters add to it.
+
+    Attributes:
+        rows: of each adapter. factors: of each adapter.
+        kept: the factors side by side, where they are kept.
+    """
+
+    rows: Rows
+    factors: list[Factors]
+    kept: Stack | None = None
+
+
+_kept: ContextVar[dict[tuple[Place, Sequence[Group]], _Update] | None] = ContextVar("inlay_kept", default=None)
+
+
+@contextmanager
+def factors_rest() -> Iterator[None]:
+    """No adapter changes until the block ends, so that factors stay as they were put side by side for the first token."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def _low_rank(place: Place, groups: Sequence[Group]) -> _Update | None:
+    """The update of each adapter, where all of them only add to a layer that multiplies the last axis."""
+    memory = None if torch.is_grad_enabled() else _kept.get()
+    if memory is not None and (known := memory.get((place, groups))) is not None:
+        return known
     site = place.site
     if site.batch or isinstance(site, Embedding) or not isinstance(site, (Linear, TransposedLinear)):
         return None
@@ -113,15 +144,18 @@ def _all_low_rank(place: Place, groups: Sequence[Group]) -> dict[Adapter, list[i
             if p not in found and not _adds_low_rank_alone(p):
                 return None
             found.setdefault(p, []).extend(group.rows)
-    return found
+    rows = tuple(tuple(sorted(mine)) for mine in found.values())
+    factors: list[Factors] = [(*p.method.factors(p), p.method.scaling * p.strength) for p in found]  # type: ignore[attr-defined]
+    if memory is None:
+        return _Update(rows, factors)
+    memory[place, groups] = update = _Update(rows, factors, stack(factors))
+    return update
 
 
-def _add_low_rank(y: Tensor, x: Tensor, found: dict[Adapter, list[int]], count: int) -> Tensor:
+def _add_low_rank(y: Tensor, x: Tensor, update: _Update, count: int) -> Tensor:
     """Add each adapter's update to its rows of ``y``, the host's output for all of them."""
     if y.requires_grad and y._is_view():
         # Autograd forbids writing into a view that a function returned.
         y = y.clone()
     flat = x.reshape(-1, x.shape[-1])
-    factors = [(*p.method.factors(p), p.method.scaling * p.strength) for p in found]  # type: ignore[attr-defined]
-    rows = tuple(tuple(sorted(mine)) for mine in found.values())
-    return add_segments(y, flat, rows, len(flat) // count, factors)
+    return add_segments(y, flat, update.rows, len(flat) // count, update.factors, update.kept)

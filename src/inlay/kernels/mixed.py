@@ -22,6 +22,8 @@ FEW_TOKENS = 96
 
 # The rows of each adapter, rising.
 Rows = tuple[tuple[int, ...], ...]
+# ``a (r, in)``, ``b (out, r)`` and the factor in front.
+Factors = tuple[Tensor, Tensor, float]
 # What takes rows out of a batch: a slice where they stand side by side.
 Selector = slice | Tensor
 
@@ -46,11 +48,13 @@ class Few(NamedTuple):
     """The tokens of several adapters, as `add_few` takes them.
 
     Attributes:
+        grid: where the tokens stand side by side in the adapters' order, as many for each: which ones, and how many adapters.
         padded: ``(adapters, most tokens)``, shorter rows filled up with their first token.
         kept: which of the padded places count, or None where all do.
         tokens: those places' tokens, in their order.
     """
 
+    grid: tuple[slice, int] | None
     padded: Tensor
     kept: Tensor | None
     tokens: Tensor
@@ -62,44 +66,75 @@ def few(rows: Rows, times: int, device: torch.device) -> Few:
     Args:
         rows: of the batch, for each adapter. times: the tokens of a row, which stand side by side.
     """
-    tokens = [[row * times + i for row in sorted(mine) for i in range(times)] for mine in rows]
-    most = max(map(len, tokens))
-    padded = torch.tensor([mine + mine[:1] * (most - len(mine)) for mine in tokens])
-    kept = None if len({len(mine) for mine in tokens}) == 1 else torch.cat([i * most + torch.arange(len(t)) for i, t in enumerate(tokens)])
-    every = torch.tensor([token for mine in tokens for token in mine])
-    return Few(padded.to(device), None if kept is None else kept.to(device), every.to(device))
+    tokens = [[row * times + i for row in mine for i in range(times)] for mine in rows]
+    most, every = max(map(len, tokens)), [token for mine in tokens for token in mine]
+    even = len({len(mine) for mine in tokens}) == 1
+    beside = even and every == list(range(every[0], every[0] + len(every)))
+    padded = torch.tensor([(mine + mine[:1] * most)[:most] or [0] * most for mine in tokens])
+    kept = None if even else torch.cat([i * most + torch.arange(len(t)) for i, t in enumerate(tokens)]).to(device)
+    grid = (slice(every[0], every[-1] + 1), len(rows)) if beside else None
+    return Few(grid, padded.to(device), kept, torch.tensor(every).to(device))
 
 
-def add_few(y: Tensor, x: Tensor, where: Few, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+class Stack(NamedTuple):
+    """Factors of several adapters side by side.
+
+    Attributes:
+        a: ``(adapters, in, r)``. b: ``(adapters, r, out)``.
+        scale: the factor in front of all updates, or ``(adapters, 1, 1)`` where they differ.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float | Tensor
+
+
+def stack(factors: Sequence[Factors]) -> Stack | None:
+    """The factors side by side; None where their shapes differ."""
+    if len({a.shape for a, _, _ in factors}) > 1:
+        return None
+    a, b, scales = zip(*factors, strict=True)
+    same = len(set(scales)) == 1
+    scale = scales[0] if same else torch.tensor(scales, device=a[0].device, dtype=a[0].dtype).view(-1, 1, 1)
+    return Stack(torch.stack(a).mT, torch.stack(b).mT, scale)
+
+
+def add_few(y: Tensor, x: Tensor, where: Few, factors: Stack) -> Tensor:
     """What `add_segments` adds, for few tokens and without gradients, in place, by two products for all adapters of one rank.
 
     Args:
         y: ``(tokens, out)``. x: ``(tokens, in)``.
-        factors: ``a (r, in)``, ``b (out, r)`` and the factor in front, of each adapter.
     """
-    a, b = torch.stack([a for a, _, _ in factors]), torch.stack([b for _, b, _ in factors])
-    u = torch.bmm(x[where.padded].to(a.dtype), a.mT)
-    scale = factors[0][2]
-    if any(s != scale for *_, s in factors):
-        u, scale = u * torch.tensor([s for *_, s in factors], device=u.device, dtype=u.dtype).view(-1, 1, 1), 1.0
-    h = torch.bmm(u, b.mT).flatten(0, 1)
+    a, b, scale = factors
+    if where.grid is not None:
+        beside, count = where.grid
+        inputs = x[beside].view(count, -1, x.shape[-1])
+    else:
+        inputs = x[where.padded]
+    u = torch.bmm(inputs.to(a.dtype), a)
+    if isinstance(scale, Tensor):
+        u, scale = u * scale, 1.0
+    if where.grid is not None and y.dtype == u.dtype:
+        y[where.grid[0]].view(len(u), -1, y.shape[-1]).baddbmm_(u, b, alpha=scale)
+        return y
+    h = torch.bmm(u, b).flatten(0, 1)
     return y.index_add_(0, where.tokens, (h if where.kept is None else h[where.kept]).to(y.dtype), alpha=scale)
 
 
-def add_segments(y: Tensor, x: Tensor, rows: Rows, times: int, factors: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+def add_segments(y: Tensor, x: Tensor, rows: Rows, times: int, factors: Sequence[Factors], kept: Stack | None = None) -> Tensor:
     """``y[rows] += s x[rows] A' B'`` for each adapter, in place.
 
     Args:
         y: ``(*, out)``, fresh from the base and no view. x: ``(tokens, in)``.
         rows: of the batch, for each adapter. times: the tokens of a row, which stand side by side.
-        factors: ``a (r, in)``, ``b (out, r)`` and the factor in front, of each adapter.
+        factors: of each adapter. kept: the same side by side, if they were kept so.
     """
     flat, scales = [t for a, b, _ in factors for t in (a, b)], [s for *_, s in factors]
     if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or any(t.requires_grad for t in flat)):
         return _Segments.apply(y, x, rows, times, scales, *flat)
-    few_do = len(x) <= FEW_TOKENS and not torch.is_autocast_enabled(x.device.type) and len({a.shape for a in flat[::2]}) == 1
-    if few_do and not by_triton(x, flat):
-        add_few(y.view(-1, y.shape[-1]), x, few(rows, times, x.device), factors)
+    few_do = len(x) <= FEW_TOKENS and not torch.is_autocast_enabled(x.device.type) and not by_triton(x, flat)
+    if few_do and (beside := kept or stack(factors)) is not None:
+        add_few(y.view(-1, y.shape[-1]), x, few(rows, times, x.device), beside)
         return y
     return _added(y, x, rows, times, scales, flat)
 
