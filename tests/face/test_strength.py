@@ -157,3 +157,9 @@ def test_other_methods_are_read_back_as_they_were(method: str, scale: str, tmp_p
     torch.testing.assert_close(logits(again, x), logits(model, x), **NEAR)
     again.save_pretrained(tmp_path / "whole", keep_strength=True)
     assert "strength" not in (tmp_path / "whole" / "adapter_config.json").read_text()
+
+
+def test_prompts_have_none() -> None:
+    model = inlay.get_peft_model(llama(), inlay.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="only adapters of weights have a strength"):
+        model.set_scale("default", 0.5)
