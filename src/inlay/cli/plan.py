@@ -65,14 +65,11 @@ def plan(
 
     The step runs on tensors that have sizes and no numbers, so that any model and any method can be planned.
     """
-    from inlay.training.models import load_config, positions
-
     hush()
     room = None if memory is None else bytes_in(memory)
-    config = load_config(model, trust_remote_code)
     setting = {
         "batch_size": batch_size,
-        "seq_length": min(1024, positions(config)) if seq_length is None else seq_length,
+        "seq_length": seq_length,
         "dtype": ("bfloat16" if device == "cuda" else "float32") if dtype == "auto" else dtype,
         "quantization": quantization,
         "double": double,
@@ -85,18 +82,17 @@ def plan(
         "loss": loss,
         "padding": padding,
     }
-    _plan(model, config, method, ctx.meta.get(ADAPTER_FIELDS, {}), setting, room, trust_remote_code, as_json)
+    _plan(model, method, ctx.meta.get(ADAPTER_FIELDS, {}), setting, 1024, room, trust_remote_code, as_json)
 
 
 def plan_run(settings: RunSettings, as_json: bool) -> None:
     """What a run of ``inlay train`` would need."""
-    from inlay.training.models import choose_device, choose_dtype, load_config, positions
+    from inlay.training.models import choose_device, choose_dtype
 
     device = choose_device(settings.device)
-    config = load_config(settings.model, settings.trust_remote_code)
     setting = {
         "batch_size": settings.batch_size,
-        "seq_length": min(settings.max_length, positions(config)),
+        "seq_length": None,
         "dtype": str(choose_dtype(settings.dtype, device)).removeprefix("torch."),
         "quantization": settings.quantization,
         "gradient_checkpointing": settings.gradient_checkpointing,
@@ -105,24 +101,31 @@ def plan_run(settings: RunSettings, as_json: bool) -> None:
         "device": device,
         "loss": "chunked",
     }
-    _plan(settings.model, config, settings.method, settings.adapter, setting, None, settings.trust_remote_code, as_json)
+    _plan(settings.model, settings.method, settings.adapter, setting, settings.max_length, None, settings.trust_remote_code, as_json)
 
 
 def _plan(
     model: str,
-    config: Any,
     method: str,
     fields: dict[str, Any],
     setting: dict[str, Any],
+    longest: int,
     memory: int | None,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
+    """
+    Args:
+        longest: the tokens of a row where the setting has none, if the model takes so many.
+    """
     from inlay.training import adapters
     from inlay.training.errors import InputError
+    from inlay.training.models import load_config, positions
 
     if setting["loss"] == "chunked":
         adapters.serve_peft()
+    config = load_config(model, trust_remote_code)
+    setting = setting | {"seq_length": setting["seq_length"] or min(longest, positions(config))}
     adapter = adapters.build_config(method, fields)
     from inlay.planning import Setting, plan, remedies
 

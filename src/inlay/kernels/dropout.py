@@ -50,7 +50,8 @@ def draw_bits(x: Tensor, rate: float) -> Tensor:
 
 def factors(bits: Tensor, rate: float, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """What dropout multiplies each element with: zero, or ``1 / keep``."""
-    table = _table(rate, dtype, bits.device)
+    # What has no numbers (`inlay.plan`) is not to be remembered.
+    table = (_table if type(bits) is Tensor else _table.__wrapped__)(rate, dtype, bits.device)
     return table.index_select(0, bits.int()).view(-1)[: prod(shape)].view(shape)
 
 

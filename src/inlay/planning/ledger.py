@@ -41,6 +41,12 @@ def _indexed(t: Tensor, indices: Sequence[Tensor | None]) -> Any:
     return aten.index.Tensor(t, numbers)
 
 
+def _grouped(a: Tensor, b: Tensor, ends: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """Products of rows with one matrix of a stack each, in any dtype."""
+    groups = () if (a.ndim == 3 and b.ndim == 2) or a.ndim < b.ndim else (len(a) if ends is None else len(ends),)
+    return a.new_empty(*groups, a.shape[-2], b.shape[-1])
+
+
 def _holds(t: Tensor) -> Any:
     return True if t.dtype is torch.bool else NotImplemented
 
@@ -50,6 +56,7 @@ WITHOUT_NUMBERS: dict[Any, Callable[..., Any]] = {
     aten._unique2.default: _distinct,
     aten.nonzero.default: _nonzero,
     aten.index.Tensor: _indexed,
+    aten._grouped_mm.default: _grouped,
     aten.masked_select.default: lambda t, mask: t.new_empty(torch.broadcast_shapes(t.shape, mask.shape).numel()),
     aten._local_scalar_dense.default: _holds,
     # A sparse matrix stands here for its values, which is most of what it has.
@@ -60,7 +67,7 @@ WITHOUT_NUMBERS: dict[Any, Callable[..., Any]] = {
 
 
 class Ledger(TorchDispatchMode):
-    """Books the storages that operations make, as they are made and freed, each once and as a whole.
+    """Books the storages that operations make, as they are made and freed, each once and as a whole; on stand-ins and in earnest.
 
     Args:
         vocabulary: a new tensor with this last axis belongs to the logits.
@@ -79,12 +86,12 @@ class Ledger(TorchDispatchMode):
         if any(t is not FakeTensor and is_traceable_wrapper_subclass_type(t) for t in types):
             # It takes itself apart, into operations that come here again.
             return NotImplemented
-        answer = WITHOUT_NUMBERS.get(func)
+        answer = WITHOUT_NUMBERS.get(func) if FakeTensor in types else None
         out = NotImplemented if answer is None else answer(*args, **(kwargs or {}))
         if out is NotImplemented:
             out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            if isinstance(t, FakeTensor):
+            if isinstance(t, Tensor) and not is_traceable_wrapper_subclass(t):
                 self.book(t, self._account_of(t))
         return out
 

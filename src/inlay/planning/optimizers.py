@@ -20,10 +20,12 @@ class Optimizer:
     Attributes:
         state: the bytes it keeps of a parameter.
         paged: they lie in the host's memory and come when they are needed.
+        passing: tensors like the parameter that its step makes on its way.
     """
 
     state: Callable[[Tensor], int]
     paged: bool = False
+    passing: int = 2
 
     def bytes_of(self, parameters: list[Tensor]) -> int:
         return sum(map(self.state, parameters))
@@ -60,8 +62,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adamw_8bit": Optimizer(_in_8_bits(2)),
     "paged_adamw": Optimizer(_in_32_bits(2), paged=True),
     "paged_adamw_8bit": Optimizer(_in_8_bits(2), paged=True),
-    "sgd": Optimizer(_copies(0)),
-    "sgd_momentum": Optimizer(_copies(1)),
+    "sgd": Optimizer(_copies(0), passing=0),
+    "sgd_momentum": Optimizer(_copies(1), passing=0),
     "adafactor": Optimizer(_factored),
     "adagrad": Optimizer(_copies(1)),
     "rmsprop": Optimizer(_copies(1)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -38,8 +38,6 @@ DTYPES = {
 # What a process has on a GPU before its first tensor: the context, cuBLAS and its workspace. An assumption: it differs by GPU.
 CUDA_CONTEXT = 600 << 20
 ITEMS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace", "communication", "gathered", "context")
-# The most tensors of a parameter's size that a step of an optimiser makes for one parameter.
-OF_A_STEP = 2
 
 Base = str | Callable[[], nn.Module] | Any
 
@@ -174,7 +172,7 @@ def plan(
 # ---- the model ----------------------------------------------------------------------------------------------------------------------
 def _base(model: Base, asked: Setting, task: str, trust_remote_code: bool) -> nn.Module:
     """The base without memory, quantised as it will be."""
-    quantization, options = asked.quantization, {"double": asked.double, "skip": asked.skip}
+    quantization, options, stored = asked.quantization, _options(asked.double, asked.skip), None
     if callable(model):
         with torch.device("meta"):
             base: nn.Module = model()  # type: ignore[assignment]
@@ -198,6 +196,9 @@ def _base(model: Base, asked: Setting, task: str, trust_remote_code: bool) -> nn
         with torch.device("meta"):
             base = getattr(transformers, AUTO_CLASSES[task]).from_config(config, dtype=asked.torch_dtype, **remote)
     if quantization != "none":
+        if options["skip"] is not None and stored is not None:
+            # bitsandbytes quantises linear layers only.
+            options["skip"] = [*options["skip"], *(name for name, m in base.named_modules() if isinstance(m, nn.Embedding))]
         quantize_(base, quantization, **options)
     return base
 
@@ -209,7 +210,11 @@ def _stored(described: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if by not in ("bitsandbytes", "inlay"):
         raise ValueError(f"The model is quantised with {by!r}, which is not known here; plan its dense base with quantization='int4'.")
     to = "int8" if described.get("load_in_8bit") else described.get("bnb_4bit_quant_type", "fp4")
-    return to, {"double": bool(described.get("bnb_4bit_use_double_quant")), "skip": described.get("llm_int8_skip_modules")}
+    return to, _options(bool(described.get("bnb_4bit_use_double_quant")), described.get("llm_int8_skip_modules"))
+
+
+def _options(double: bool, skip: Collection[str] | None) -> dict[str, Any]:
+    return {"double": double, "skip": skip}
 
 
 # ---- the step -----------------------------------------------------------------------------------------------------------------------
@@ -336,7 +341,7 @@ class _Step:
         peak, position = self.ledger.peak()
         during = "forward pass" if position <= forward else "backward pass"
         after = self.ledger.now()
-        after["workspace"] += OF_A_STEP * max((q.numel() * q.element_size() for q in self.trained), default=0)
+        after["workspace"] += kept.passing * max((q.numel() * q.element_size() for q in self.trained), default=0)
         if after.total() > peak.total():
             peak, during = after, "optimizer step"
         peak["optimizer"] = 0 if kept.paged else state
