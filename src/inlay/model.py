@@ -15,8 +15,8 @@ from .core.attach import attach, check_name
 from .core.calls import calling, penalised
 from .core.config import PeftConfig
 from .core.inlaid import adapters_of, places, session_of
-from .core.retrained import Retrained
 from .core.mixed import factors_rest
+from .core.retrained import Retrained
 from .core.rows import Order
 from .core.session import Session, carry_choices
 from .formats.card import write_card
