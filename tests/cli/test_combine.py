@@ -75,6 +75,19 @@ def test_lora_needs_no_base(folders: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads((folders / "new" / "adapter_config.json").read_text())["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
 
 
+def test_weights_may_differ_by_layer(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    by_layer = '{"layers.0.*": [1, 0], ".*": [0.5, -2]}'
+    words = ("combine", folders / "one", folders / "two", "--weights", by_layer, "--combine", "cat", "--out", folders / "new")
+    assert inlay_of(capsys, *words)["weights"] == {"layers.0.*": [1, 0], ".*": [0.5, -2]}
+    model: Any = inlay.PeftModel.from_pretrained(base(folders), folders / "one", "one")
+    model.load_adapter(folders / "two", "two")
+    model.add_weighted_adapter(["one", "two"], json.loads(by_layer), "both", "cat")
+    model.set_adapter("both")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(folders, "new"), model.eval()(torch.arange(12).view(2, 6)).logits, rtol=1e-4, atol=1e-4)
+    assert "| `two` | 0 at layers.0.*, -2 at .* |" in (folders / "new" / "README.md").read_text()
+
+
 def test_cards_say_what_was_made_of_what(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("combine", folders / "one", folders / "two", "--weights", "0.7", "-0.3", "--combine", "ties", "--density", "0.4")
     inlay_of(capsys, *words, "--out", folders / "new")
@@ -131,6 +144,8 @@ def test_convert_shows_the_errors(folders: Path, capsys: pytest.CaptureFixture[s
         (["one", "two", "--combine", "tise"], "Did you mean 'ties'"),
         (["one", "two", "--weights", "0.7"], "1 numbers for 2 adapters"),
         (["one", "two", "--weights=a,b"], "give numbers"),
+        (["one", "two", "--weights", '{"a": 1}'], "lists of numbers by pattern"),
+        (["one", "two", "--weights", '{".*": [1]}'], "1 weights for 2 adapters"),
         (["one", "tow"], "Did you mean two"),
         (["one", "two", "--combine", "ties", "--density", "-1"], "share in"),
         (["one", "two", "--rank", "1.5"], "positive integer, or a share"),

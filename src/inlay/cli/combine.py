@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,12 +59,12 @@ def epilog() -> str:
 def combine(
     adapters: Annotated[list[Path], typer.Argument(help="Adapter folders.", show_default=False)],
     out: Out,
-    weights: Annotated[str | None, typer.Option("--weights", help="A number an adapter, such as 0.7 0.3; one each when not given.")] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Numbers, such as 0.7 0.3, or JSON lists by module pattern; else 1.")
+    ] = None,
     how: Annotated[str, typer.Option("--combine", help="The way to combine; listed below.")] = "svd",
     rank: Annotated[str | None, typer.Option("--rank", help="LoRA of this rank, or of the share that is to stay (0.95).")] = None,
-    density: Annotated[
-        float | None, typer.Option("--density", help="Share of numbers that stays, for ways that prune (0.5).")
-    ] = None,
+    density: Annotated[float | None, typer.Option("--density", help="Share of numbers that stays, for ways that prune (0.5).")] = None,
     majority: Annotated[str, typer.Option("--majority-sign-method", help="total or frequency, for ways that elect signs.")] = "total",
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of what is drawn.")] = None,
     base: Base = None,
@@ -83,7 +84,7 @@ def combine(
             raise InputError(f"{folder}: no adapter folder (no adapter_config.json in there).{near_miss(folder.name, siblings)}")
     if out.exists():
         raise InputError(f"--out {out}: exists already; name a new folder.")
-    numbers = parsed_weights(weights, len(adapters))
+    numbers = weights_by_layer(weights) or parsed_weights(weights, len(adapters))
     share = parsed_rank(rank)
     hush()
     from inlay.operations.arithmetic import combination
@@ -115,11 +116,35 @@ def combine(
         return
     screen = console()
     made = table("adapter", "weight", right=("weight",))
-    for folder, number in zip(adapters, numbers, strict=True):
-        made.add_row(str(folder), f"{number:g}")
+    for i, folder in enumerate(adapters):
+        made.add_row(str(folder), _of_adapter(numbers, i))
     screen.print(made)
     kind = f"{str(config.peft_type).lower()}{f' of rank {config.r}' if facts['r'] else ''}"
     screen.print(f"[bold]{out}[/]: {how} of these, {kind}, {facts['bytes'] / 1e6:,.1f} MB{' (from the files alone)' if alone else ''}")
+
+
+def weights_by_layer(text: str | None) -> dict[str, list[float]] | None:
+    """Lists of weights by pattern of module names, from JSON; None where the text is something else.
+
+    Raises:
+        InputError: it starts like JSON and is none, or not of that kind.
+    """
+    from inlay.training.errors import InputError
+
+    if text is None or not text.lstrip().startswith("{"):
+        return None
+    try:
+        found = json.loads(text)
+        return {str(pattern): [float(number) for number in numbers] for pattern, numbers in found.items()}
+    except (ValueError, TypeError) as error:
+        example = '{"layers.0.*": [1, 0], ".*": [0.5, 0.5]}'
+        raise InputError(f"--weights {text}: give lists of numbers by pattern, such as '{example}'.") from error
+
+
+def _of_adapter(weights: list[float] | dict[str, list[float]], i: int) -> str:
+    if isinstance(weights, dict):
+        return ", ".join(f"{numbers[i]:g} at {pattern}" for pattern, numbers in weights.items())
+    return f"{weights[i]:g}"
 
 
 def parsed_weights(text: str | None, count: int) -> list[float]:
@@ -194,7 +219,13 @@ def adapted(folders: list[Path], base: str | None, dtype: str, device: str) -> t
 
 
 def _origin(
-    names: list[str], weights: list[float], how: str, rank: float | None, density: float | None, majority: str, seed: int | None
+    names: list[str],
+    weights: list[float] | dict[str, list[float]],
+    how: str,
+    rank: float | None,
+    density: float | None,
+    majority: str,
+    seed: int | None,
 ) -> str:
     """For the card: what was combined, and how."""
     from inlay.formats.card import table as markdown
@@ -204,7 +235,7 @@ def _origin(
     options = {"rank": rank, "density": density_of(chosen, density), "majority sign": majority if chosen.elects else None, "seed": seed}
     said = "".join(f", {name} {value}" for name, value in options.items() if value is not None)
     paper = f" (arXiv [{chosen.paper}](https://arxiv.org/abs/{chosen.paper}))" if chosen.paper else ""
-    rows = [(f"`{name}`", f"{weight:g}") for name, weight in zip(names, weights, strict=True)]
+    rows = [(f"`{name}`", _of_adapter(weights, i)) for i, name in enumerate(names)]
     return f"Combined from other adapters by `{how}`{paper}{said}.\n\n{markdown(('adapter', 'weight'), rows)}"
 
 
