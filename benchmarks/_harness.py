@@ -76,6 +76,7 @@ class Saved:
 
     def __init__(self, model: Any) -> None:
         self.storages: dict[int, Any] = {}
+        self.nbytes = 0
         self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def add(self, tensor: Any) -> None:
@@ -88,16 +89,13 @@ class Saved:
             # The reference keeps the address from being used again.
             self.storages[storage.data_ptr()] = storage
 
-    @property
-    def nbytes(self) -> int:
-        return sum(s.nbytes() for s in self.storages.values())
-
     def __enter__(self) -> Saved:
         from torch.autograd.graph import saved_tensors_hooks
 
         def pack(tensor: Any) -> Any:
             self.add(tensor)
-            return tensor
+            # Not the tensor: an output that its own function saves would hold itself for ever.
+            return tensor.detach()
 
         self._hooks = saved_tensors_hooks(pack, lambda tensor: tensor)
         self._hooks.__enter__()
@@ -105,6 +103,10 @@ class Saved:
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
+        self.nbytes = sum(s.nbytes() for s in self.storages.values())
+        # Hooks and this hold each other.
+        self.storages.clear()
+        del self._hooks
 
 
 # ---- what it ran on, and how it is shown ----------------------------------------------------------------------------------

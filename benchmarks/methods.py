@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "PREFIX_TUNING": {"num_virtual_tokens": 20},
     "CARTRIDGE": {"num_virtual_tokens": 20},
     "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 20, "num_tasks": 2},
-    "CPT": {"cpt_token_ids": list(range(20)), "cpt_mask": [1] * 20, "cpt_tokens_type_mask": [1] * 20},
+    "CPT": {"cpt_token_ids": list(range(20)), "cpt_tokens_type_mask": [1, 2, 3, 4] * 5},
     "ADAPTION_PROMPT": {"adapter_len": 10, "adapter_layers": LAYERS - 1},
     "POLY": {"n_tasks": 2, "n_skills": 4},
     "XLORA": {"hidden_size": HIDDEN},

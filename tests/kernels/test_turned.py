@@ -100,6 +100,11 @@ KERNELS: dict[str, tuple[Run, Run, list[tuple[int, ...]]]] = {
         lambda x, w, b, c: F.linear(x, w + SCALE * FROZEN["b"] @ c @ FROZEN["a"], b),
         [(3, 3)],
     ),
+    "core and B": (
+        lambda x, w, b, c, left: core.linear_plus_core(x, None, w, b, FROZEN["a"].to(c.dtype), c, left, SCALE),
+        lambda x, w, b, c, left: F.linear(x, w + SCALE * left @ c @ FROZEN["a"], b),
+        [(2, 3), (OUT, 2)],
+    ),
     "any fold": (
         lambda x, w, b, *q: passing.linear_through(x, w, b, scaled, *q),
         lambda x, w, b, *q: F.linear(x, *scaled(w, b, *q)),
@@ -112,7 +117,7 @@ KERNELS: dict[str, tuple[Run, Run, list[tuple[int, ...]]]] = {
     ),
 }
 # What keeps no input has no second derivative.
-ONCE = {"shards", "core"}
+ONCE = {"shards", "core", "core and B"}
 
 
 def tensors(name: str, rows: int) -> tuple[Tensor, ...]:
@@ -185,7 +190,9 @@ def test_a_host_in_half_precision(name: str) -> None:
     assert all(q.grad is not None and q.grad.dtype == torch.float32 for q in trained)
 
 
-@pytest.mark.parametrize(("name", "most"), [("blocks of 3", 1.3), ("reflections", 1.8), ("shards", 1.0), ("core", 1.0), ("pairs", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("blocks of 3", 1.3), ("reflections", 1.8), ("shards", 1.0), ("core", 1.0), ("core and B", 1.0), ("pairs", 1.0)]
+)
 def test_what_is_kept(name: str, most: float) -> None:
     """Beside the frozen weight no more than the input, or what stands for it."""
     run, _, _ = KERNELS[name]

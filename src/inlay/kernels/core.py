@@ -1,6 +1,6 @@
-"""A linear layer with an update ``B C A`` of which only the small core ``C`` is trained, as one autograd function.
+"""A linear layer with an update ``B C A`` of which the small core ``C``, and perhaps ``B``, is trained, as one autograd function.
 
-Kept for the gradient of the core are the inputs' coordinates ``A x``, of rank r, and not the input.
+Kept for their gradients are the inputs' coordinates ``A x``, of rank r, and not the input.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def linear_plus_core(
 
     Args:
         x: ``(*, in)``. dropped: what the update takes in place of ``x``, or None. w: ``(out, in)``. bias: ``(out,)`` or None.
-        a: ``(r, in)``, frozen. core: ``(r, r)``. b: ``(out, r)``, frozen.
+        a: ``(r, in)``, frozen. core: ``(k, r)``. b: ``(out, k)``.
         scale: the factor in front of the update.
     """
     dtype = compute_dtype(x, core)
@@ -39,7 +39,7 @@ def _forward(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, core: Tensor,
     # With the long axis last: see `kernels.lowrank`.
     u = a @ rows_of(x, a.dtype).t()
     if folding_pays(u.shape[1], w, a.dtype):
-        return linear(x, torch.addmm(w, b @ core, a, alpha=scale), bias), u
+        return linear(x, torch.addmm(w, b, core @ a, alpha=scale), bias), u
     y = linear(x, w, bias)
     accumulate(y.view(-1, y.shape[-1]), (core @ u).t(), b.t().contiguous(), scale)
     return y, u
@@ -61,7 +61,8 @@ class _LinearPlusCore(torch.autograd.Function):
         rows = rows_of(g, g.dtype)
         gu = (b.t().contiguous() @ rows.to(a.dtype).t()).mul_(ctx.scale)
         if rows.dtype == a.dtype and folding_pays(len(rows), w, a.dtype):
-            dx = rows @ torch.addmm(w, b @ core, a, alpha=ctx.scale)
+            dx = rows @ torch.addmm(w, b, core @ a, alpha=ctx.scale)
         else:
             dx = accumulate(rows @ w.to(rows.dtype), (core.t() @ gu).t(), a)
-        return dx.view(*g.shape[:-1], w.shape[1]), None, None, None, gu @ u.t(), None, None
+        db = (core @ u @ rows.to(a.dtype)).mul_(ctx.scale).t() if ctx.needs_input_grad[5] else None
+        return dx.view(*g.shape[:-1], w.shape[1]), None, None, None, gu @ u.t(), db, None

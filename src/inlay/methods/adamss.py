@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.config import PeftType
 from ..core.method import LowRank, Method, Param, add, full, normal, register, zeros
 from ..core.site import Site
+from ..kernels.core import linear_plus_core
 from ..kernels.lowrank import linear_plus_low_rank
 from .banks import check_positive
 
@@ -194,14 +195,13 @@ class AdamssConfig(LowRank):
                 a.data.copy_(directions[: len(a)])
 
     def _thin(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        """``A V'`` and B of all groups together, with the bias's column."""
+        """A ``(*batch, k, r)`` and B ``(*batch, out, k)`` of all groups together."""
         right, left = [], []
-        batch = len(p.site.batch) > 0
-        bases, orders = (t.reshape(-1, *t.shape[len(p.site.batch) :]) for t in (p.adamss_newB, p.adamss_rows))
-        for pairs, base, order in zip(self._pairs(p), bases, orders, strict=True):
-            right.append(torch.cat([a for a, _ in pairs]) @ base.to(pairs[0][0].dtype))
+        orders = p.adamss_rows.reshape(-1, p.site.size("out"))
+        for pairs, order in zip(self._pairs(p), orders, strict=True):
+            right.append(torch.cat([a for a, _ in pairs]))
             left.append(torch.block_diag(*(b for _, b in pairs)).index_select(0, order))
-        if not batch:
+        if not p.site.batch:
             return right[0], left[0]
         # Matrices of a stack may differ in their ranks.
         most = max(len(a) for a in right)
@@ -211,20 +211,25 @@ class AdamssConfig(LowRank):
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         a, b = self._thin(p)
-        return a[..., : p.site.size("in")], b
+        return a @ p.adamss_newB[..., : p.site.size("in")].to(a.dtype), b
 
     def delta_bias(self, p: Adapter) -> Tensor | None:
         if not self._with_bias(p.site):
             return None
         a, b = self._thin(p)
-        return b @ a[:, -1]
+        return b @ (a @ p.adamss_newB[:, -1].to(a.dtype))
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
-        if inner.dense is None or not self._with_bias(p.site):
+        if inner.dense is None:
             return super().around(p, inner, x)
         a, b = self._thin(p)
-        y = linear_plus_low_rank(x, *inner.dense, a[:, :-1], b, p.strength, self.dropout if p.training else 0.0)
-        return add(y, b @ a[:, -1], p.strength)
+        rate, basis = self.dropout if p.training else 0.0, p.adamss_newB.to(a.dtype)
+        directions = basis[:, : x.shape[-1]]
+        if rate or len(basis) >= x.shape[-1]:
+            y = linear_plus_low_rank(x, *inner.dense, a @ directions, b, p.strength, rate)
+        else:
+            y = linear_plus_core(x, None, *inner.dense, directions, a, b, p.strength)
+        return add(y, b @ (a @ basis[:, -1]), p.strength) if self._with_bias(p.site) else y
 
     # -- adaptive subspace allocation --
     def stepped(self, adapters: Sequence[Adapter], optimizer: torch.optim.Optimizer) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core.config import PeftType
 from ..core.method import Method, Param, normal, register, zeros
@@ -62,6 +64,9 @@ class BeftConfig(Method):
         return w, v if b is None else b + v
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
+        if inner.dense is not None and inner.dense[0].dtype == p.beft_bias.dtype and not torch.is_autocast_enabled(x.device.type):
+            w, b = inner.dense
+            return F.linear(x, w, p.beft_bias if b is None else b + p.beft_bias)
         y, v = inner(x), p.beft_bias
         v = inner.site.scaled(v) if isinstance(inner.site, Embedding) else inner.site.rows(v)
         return (y + v).to(y.dtype)

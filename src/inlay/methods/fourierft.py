@@ -90,23 +90,23 @@ class FourierFTConfig(Spread):
 
     def spread(self, p: Adapter, *values: Tensor) -> Tensor:
         out, inp = p.site.size("out"), p.site.size("in")
-        places, share, _ = remembered(p.fourierft_places, half_plane, out, inp)
+        places, share, *_ = remembered(p.fourierft_places, half_plane, out, inp)
         (spectrum,) = values
-        half = scattered(full(spectrum) * share.to(full(spectrum)), places, (out, inp // 2 + 1))
+        half = scattered(self.scaling * full(spectrum) * share.to(full(spectrum)), places, (out, inp // 2 + 1))
         # The spectrum is real, so the delta is the same when it is turned half around: the upper rows tell the lower ones. The
         # imaginary part of a constant row is left out by the inverse of a real transform, as it should be.
-        upper = self.scaling * torch.fft.irfft(torch.fft.ihfft(half, dim=-2), inp)
+        upper = torch.fft.irfft(torch.fft.ihfft(half, dim=-2), inp)
         lower = upper[..., 1 : out - out // 2, :].flip(-2, -1).roll(1, -1)
         return torch.cat((upper, lower), -2)
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
         """The transform of ``g' x`` is the product of the transforms of g and x."""
         out, inp = p.site.size("out"), p.site.size("in")
-        _, _, pairs = remembered(p.fourierft_places, half_plane, out, inp)
-        ghat, xhat = (torch.fft.rfft(t).t().contiguous() for t in (g, x))
-        # Products of real and of imaginary parts side by side: with the conjugate beside it each entry is one row's product.
-        both = torch.cat((xhat, xhat.conj_physical()))
-        found = sampled(torch.view_as_real(ghat).flatten(1), torch.view_as_real(both).flatten(1), pairs)
+        *_, pairs, sign = remembered(p.fourierft_places, half_plane, out, inp)
+        ghat, xhat = (torch.fft.rfft(t) for t in (g, x))
+        real = sampled(ghat.real.t().contiguous(), xhat.real.t().contiguous(), pairs)
+        imaginary = sampled(ghat.imag.t().contiguous(), xhat.imag.t().contiguous(), pairs)
+        found = torch.addcmul(real, imaginary, sign.to(real))
         return (found.mul_(self.scaling / (out * inp)),)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
@@ -145,12 +145,12 @@ def random_places(seed: int, size: int, count: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].clone()
 
 
-def half_plane(places: Tensor, out: int, inp: int) -> tuple[Tensor, Tensor, Tensor]:
+def half_plane(places: Tensor, out: int, inp: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Real transforms know half of the columns; the rest mirror them.
 
     Returns:
         Flat places in ``(out, inp // 2 + 1)``; the share of a number that is to stand there; flat places in the product of both
-        transforms' halves ``(out // 2 + 1, 2 * (inp // 2 + 1))``, of which the second half is that with the conjugate.
+        transforms' halves ``(out // 2 + 1, inp // 2 + 1)``; the sign there of the product of their imaginary parts.
     """
     half = inp // 2 + 1
     row, column = places // inp, places % inp
@@ -160,5 +160,5 @@ def half_plane(places: Tensor, out: int, inp: int) -> tuple[Tensor, Tensor, Tens
     alone = (column == 0) | (2 * column == inp)
     share = torch.where(alone, 1.0, 0.5)
     opposite = 2 * row > out
-    pairs = torch.where(opposite, out - row, row) * 2 * half + column + torch.where(opposite, 0, half)
-    return row * half + column, share, pairs
+    pairs = torch.where(opposite, out - row, row) * half + column
+    return row * half + column, share, pairs, torch.where(opposite, -1.0, 1.0)

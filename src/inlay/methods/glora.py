@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..core.config import PeftType, nearest
@@ -117,7 +118,7 @@ class GloraConfig(Method):
             return x.unsqueeze(-1) if x is not None and x.ndim == len(site.batch) + 1 and constant_axes == 2 else x
 
         scale, shift = path("glora_A", 2), path("glora_B", 2)
-        new = w if scale is None or shift is None else w + w * scale + shift
+        new = w if scale is None or shift is None else torch.addcmul(w, w, scale).add_(shift)
         if b is None:
             return new, None
         # (*batch, channel)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core.method import Param, generator_for, kaiming_uniform, register, zeros
+from ..core.method import LowRank, Param, generator_for, kaiming_uniform, register, zeros
 from ..core.site import ConvTranspose, Site
 from ..initializers.plain import gaussian, orthogonal
 from ..initializers.svd import singular_vectors
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @register
 @dataclass
-class LoConConfig(Drawn, Lycoris):
+class LoConConfig(Drawn, Lycoris, LowRank):
     """LoRA with a core tensor for kernels. Groups of a convolution have factors of their own, each of rank ``r``.
 
     Args:

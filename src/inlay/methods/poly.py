@@ -162,5 +162,8 @@ class PolyConfig(LowRank):
             h = site.scaled((u @ b.mT).view(*x.shape, -1))
         else:
             z, a, b = meet(x.reshape(len(x), -1, x.shape[-1]), a, b)
-            h = (z @ a.mT @ b.mT).view(y.shape)
+            u = z @ a.mT
+            if u.dtype == y.dtype:
+                return torch.baddbmm(y.view(len(x), -1, y.shape[-1]), u, b.mT, alpha=self.scaling * p.strength).view(y.shape)
+            h = (u @ b.mT).view(y.shape)
         return add(y, h, self.scaling * p.strength)

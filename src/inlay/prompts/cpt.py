@@ -138,8 +138,9 @@ class CPTConfig(PromptMethod):
         return labels.masked_fill((types <= 0) | (types % 4 != LABEL), IGNORED_LABEL), types
 
     def _loss(self, logits: Tensor, labels: Tensor, types: Tensor) -> Tensor:
-        labels, types = labels[:, 1:], types[:, 1:]
-        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED_LABEL)
+        # Shifted are the labels, and the logits stay where they are.
+        labels, types = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL), F.pad(types[:, 1:], (0, 1))
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED_LABEL)
         losses = losses.view(labels.shape)
         if self.opt_weighted_loss_type == "decay":
             weights = torch.ones_like(losses)
