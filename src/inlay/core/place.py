@@ -97,7 +97,7 @@ class Place:
             return self.stacked(call, bare, names, x, args, kwargs)
         from .mixed import mixed
 
-        groups = grouped(rows, frozenset(self.adapters))
+        groups = grouped(rows, self.adapters)
         if len(groups) == 1 or self.merged:
             return by_rows(self.session, rows, lambda names, x, *a, **k: self.stacked(call, bare, names, x, a, k), (x, *args), kwargs)
         return mixed(self, call, len(rows), groups, x, args, kwargs)

@@ -6,7 +6,7 @@ so at the model's entry. Rows in any other order are gathered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -30,17 +30,25 @@ class Group(NamedTuple):
     rows: tuple[int, ...]
 
 
-def grouped(rows: tuple[Row, ...], known: frozenset[str] | None = None) -> tuple[Group, ...]:
+def grouped(rows: tuple[Row, ...], known: Mapping[str, Any] | None = None) -> tuple[Group, ...]:
     """The rows by their adapters, in the order of first appearance.
 
     Args:
         known: the adapters that count; None stands for all.
     """
     # The compiler sees through a cache and warns of it.
-    return _group(rows, known) if torch.compiler.is_compiling() else _grouped(rows, known)
+    if torch.compiler.is_compiling():
+        return _group(rows, known)
+    # Of the adapters that are loaded only those are looked at that some row names.
+    return _grouped(rows, None if known is None else frozenset(known.keys() & _named(rows)))
 
 
-def _group(rows: tuple[Row, ...], known: frozenset[str] | None) -> tuple[Group, ...]:
+@lru_cache(512)
+def _named(rows: tuple[Row, ...]) -> frozenset[str]:
+    return frozenset(name for row in rows for name in names_of(row))
+
+
+def _group(rows: tuple[Row, ...], known: Collection[str] | None) -> tuple[Group, ...]:
     found: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(rows):
         names = tuple(n for n in names_of(row) if known is None or n in known)

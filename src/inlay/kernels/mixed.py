@@ -2,7 +2,7 @@
 
 Prefill and training go by segments, ``y[rows] += s x[rows] A' B'`` for each adapter. With few tokens, as in decoding, what costs is
 the calling, and adapters of one rank go through one batched product, however their rows lie. On a GPU with Triton one kernel serves
-all adapters at any count.
+all adapters at any count, where their factors were not put side by side before.
 """
 
 from __future__ import annotations
@@ -127,16 +127,17 @@ def add_segments(y: Tensor, x: Tensor, rows: Rows, times: int, factors: Sequence
     Args:
         y: ``(*, out)``, fresh from the base and no view. x: ``(tokens, in)``.
         rows: of the batch, for each adapter. times: the tokens of a row, which stand side by side.
-        factors: of each adapter. kept: the same side by side, if they were kept so.
+        factors: of each adapter. kept: the same side by side, if they were kept so; no gradients are asked for then.
     """
-    flat, scales = [t for a, b, _ in factors for t in (a, b)], [s for *_, s in factors]
-    if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or any(t.requires_grad for t in flat)):
-        return _Segments.apply(y, x, rows, times, scales, *flat)
-    few_do = len(x) <= FEW_TOKENS and not torch.is_autocast_enabled(x.device.type) and not by_triton(x, flat)
-    if few_do and (beside := kept or stack(factors)) is not None:
-        add_few(y.view(-1, y.shape[-1]), x, few(rows, times, x.device), beside)
-        return y
-    return _added(y, x, rows, times, scales, flat)
+    few_do = x.shape[0] <= FEW_TOKENS and not torch.is_autocast_enabled(x.device.type)
+    if kept is None or not few_do:
+        flat, scales = [t for a, b, _ in factors for t in (a, b)], [s for *_, s in factors]
+        if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or any(t.requires_grad for t in flat)):
+            return _Segments.apply(y, x, rows, times, scales, *flat)
+        if not few_do or by_triton(x, flat) or (kept := stack(factors)) is None:
+            return _added(y, x, rows, times, scales, flat)
+    add_few(y.view(-1, y.shape[-1]), x, few(rows, times, x.device), kept)
+    return y
 
 
 def by_triton(x: Tensor, flat: Sequence[Tensor]) -> bool:
