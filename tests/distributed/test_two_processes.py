@@ -13,12 +13,15 @@ import inlay
 from . import worker
 
 
+def launch(scenario, folder):
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker.__file__, scenario, str(folder)]
+    done = subprocess.run([sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("scenario", ["ddp", "fsdp2"])
 def test_gradients_and_files_equal_those_of_one_process(scenario, tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *launch, worker.__file__, scenario, str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch(scenario, tmp_path)
     alone = worker.adapted()
     (sum(alone(worker.batch(rank)).square().mean() for rank in (0, 1)) / 2).backward()
     expected = worker.gradients(alone)
@@ -30,3 +33,29 @@ def test_gradients_and_files_equal_those_of_one_process(scenario, tmp_path):
     loaded = inlay.PeftModel.from_pretrained(worker.model(), Path(tmp_path) / "adapter")
     x = worker.batch(5)
     torch.testing.assert_close(loaded(x), alone(x))
+
+
+@pytest.mark.parametrize("backend", ["bitsandbytes", "inlay"])
+def test_training_on_four_bits_under_fsdp2_equals_that_of_one_process(backend, tmp_path):
+    """bitsandbytes' codes are sharded in the dtype that they are stored in; Inlay's are left whole by `ignored_params`."""
+    launch(f"quantised {backend}", tmp_path)
+    alone = worker.quantised(backend)
+    before = {n: q.detach().clone() for n, q in alone.named_parameters() if q.requires_grad}
+    expected, found = worker.three_steps(alone, (0, 1)), torch.load(tmp_path / "found.pt")
+    assert found["trained"].keys() == expected.keys()
+    assert len(expected) == 4
+    for name, value in expected.items():
+        assert not torch.equal(value, before[name])
+        torch.testing.assert_close(found["trained"][name], value, rtol=1e-3, atol=1e-5)
+    if backend == "bitsandbytes":
+        # Half of the bytes: two codes in one, two bytes in a number of the storage.
+        assert [tuple(size) for size in found["sizes"].values()] == [
+            (64 * 128 // 4 // 2, 1),
+            (64 * 128 // 4 // 2, 1),
+            (64 * 64 // 4 // 2, 1),
+        ]
+    else:
+        assert found["kind"] == "QuantizedTensor"
+    loaded = inlay.PeftModel.from_pretrained(worker.quantised(backend).unload(), Path(tmp_path) / "adapter")
+    x = worker.wide_batch(5)
+    torch.testing.assert_close(loaded(x), alone(x), rtol=2e-2, atol=2e-2)

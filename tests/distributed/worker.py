@@ -21,6 +21,41 @@ def adapted(dropout: float = 0.0) -> nn.Module:
     return inlay.get_peft_model(model(), config)
 
 
+def quantised(backend: str) -> nn.Module:
+    """LoRA on layers in 4 bits: of bitsandbytes, stored as if they were numbers in half precision, or of Inlay."""
+    torch.manual_seed(7)
+    base = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64)).to(torch.bfloat16)
+    if backend == "inlay":
+        inlay.quantize_(base)
+    else:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        for i in (0, 2, 4):
+            dense, options = base[i], {"quant_type": "nf4", "quant_storage": torch.bfloat16}
+            layer = Linear4bit(dense.in_features, dense.out_features, compute_dtype=torch.bfloat16, **options)
+            layer.weight = Params4bit(dense.weight.data, requires_grad=False, module=layer, **options)
+            layer.bias = dense.bias
+            base[i] = layer.to("cpu")
+    config = inlay.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False, seed=3)
+    return inlay.get_peft_model(base, config)
+
+
+def wide_batch(rank: int) -> torch.Tensor:
+    return torch.randn(6, 64, generator=torch.Generator().manual_seed(rank)).to(torch.bfloat16)
+
+
+def three_steps(adapted_model: nn.Module, ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The adapter after three steps on the batches of these ranks."""
+    trained = {n: q for n, q in adapted_model.named_parameters() if q.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for step in range(3):
+        losses = [adapted_model(wide_batch(10 * step + rank)).float().square().mean() for rank in ranks]
+        (sum(losses) / len(losses)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: (q.full_tensor() if hasattr(q, "full_tensor") else q).detach() for n, q in trained.items()}
+
+
 def batch(rank: int) -> torch.Tensor:
     return torch.randn(6, 8, generator=torch.Generator().manual_seed(rank))
 
@@ -56,9 +91,28 @@ def fsdp2(folder: Path, rank: int) -> None:
         assert all(type(t) is not nn.Parameter or t.device.type == "cpu" for t in tensors.values())
 
 
+def fsdp2_quantised(folder: Path, rank: int, backend: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    wrapped = quantised(backend)
+    base = wrapped.get_base_model()
+    # Sharding would make the tensors of Inlay dense: each process keeps all their codes.
+    whole = {q for q in base.parameters() if backend == "inlay" and not q.requires_grad}
+    for i in (0, 2, 4):
+        fully_shard(base[i], ignored_params=whole)
+    fully_shard(base, ignored_params=whole)
+    sizes = {i: getattr(base[i].weight, "_local_tensor", base[i].weight).shape for i in (0, 2, 4)}
+    found = three_steps(wrapped, (rank,))
+    wrapped.save_pretrained(folder / "adapter", is_main_process=rank == 0)
+    if rank == 0:
+        torch.save({"trained": found, "sizes": sizes, "kind": type(base[0].weight).__name__}, folder / "found.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    {"ddp": ddp, "fsdp2": fsdp2}[sys.argv[1]](Path(sys.argv[2]), int(os.environ["RANK"]))
+    name, _, backend = sys.argv[1].partition(" ")
+    scenario = {"ddp": ddp, "fsdp2": fsdp2, "quantised": fsdp2_quantised}[name]
+    scenario(Path(sys.argv[2]), int(os.environ["RANK"]), *([backend] if backend else []))
     dist.barrier()
     dist.destroy_process_group()

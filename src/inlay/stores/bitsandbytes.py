@@ -23,12 +23,19 @@ class FourBit(Store):
     dense = False
     backend = "bitsandbytes"
 
-    def shape(self, module: nn.Module, name: str) -> torch.Size:
+    def held(self, module: nn.Module, name: str) -> Any:
         q: Any = module._parameters[name]
+        # What FSDP has gathered knows only numbers; the layer keeps the rest.
+        if getattr(q, "quant_state", None) is None:
+            q.quant_state = getattr(module, "quant_state", None)
+        return q
+
+    def shape(self, module: nn.Module, name: str) -> torch.Size:
+        q = self.held(module, name)
         return q.shape if q.quant_state is None else torch.Size(q.quant_state.shape)
 
     def dtype(self, module: nn.Module, name: str) -> torch.dtype:
-        q: Any = module._parameters[name]
+        q = self.held(module, name)
         stored = q.dtype if q.quant_state is None else q.quant_state.dtype
         return getattr(module, "compute_dtype", None) or stored
 
