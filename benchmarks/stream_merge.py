@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -85,20 +84,23 @@ def copy(base: Path, out: Path) -> float:
     return time.perf_counter() - start
 
 
+def peak() -> int:
+    """Bytes of memory that this process has held at most; `resource` would count the one that started it, too."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+
+
 def merge(base: Path, adapter: Path, out: Path) -> None:
     """Runs in a process of its own; prints what it took."""
     from inlay.operations.stream_merge import StreamMerge
 
-    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    imported = peak()
     start = time.perf_counter()
     planned = StreamMerge(base, [adapter])
-    ready, known = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ready, known = time.perf_counter(), peak()
     planned.run(out)
     done = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(
-        json.dumps({"plan": ready - start, "run": done - ready, "peak": peak * 1024, "planned": known * 1024, "imported": imported * 1024})
-    )
+    print(json.dumps({"plan": ready - start, "run": done - ready, "peak": peak(), "planned": known, "imported": imported}))
 
 
 def main() -> None:
