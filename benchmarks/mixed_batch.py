@@ -54,18 +54,28 @@ def forward(model: torch.nn.Module, length: int, **options: Any) -> Callable[[],
     return run
 
 
-@torch.no_grad()
-def measure(phase: str, length: int, rounds: int, cpu_time: bool) -> dict[str, Any]:
-    floor, hf, ours = base(torch.float32).eval(), adapted(peft), adapted(inlay)
-    mine = forward(ours, length, adapter_names=names())
+def generation(model: torch.nn.Module, length: int, **options: Any) -> Callable[[], torch.Tensor]:
+    """``length`` new tokens after a prompt of one, by the model's own ``generate``."""
+    ids = torch.randint(0, VOCABULARY, (ROWS, 1), generator=torch.Generator().manual_seed(2))
+    mask, further = torch.ones_like(ids), {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "use_cache": True}
+    return lambda: model.generate(input_ids=ids, attention_mask=mask, **further, **options)
 
+
+@torch.no_grad()
+def measure(models: tuple[Any, Any, Any], phase: str, make: Callable[..., Any], length: int, rounds: int, cpu_time: bool) -> dict[str, Any]:
+    floor, hf, ours = models
     variants = {
-        "floor": forward(floor, length),
-        "one adapter": forward(ours, length),
-        "HF": forward(hf, length, adapter_names=names()),
-        "Inlay": mine,
+        "floor": make(floor, length),
+        "one adapter": make(ours, length),
+        "HF": make(hf, length, adapter_names=names()),
+        "Inlay": make(ours, length, adapter_names=names()),
     }
-    torch.testing.assert_close(variants["Inlay"](), variants["HF"](), rtol=1e-3, atol=1e-4)
+    mine, its = variants["Inlay"](), variants["HF"]()
+    if mine.is_floating_point():
+        torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-4)
+    else:
+        # Of the tokens that are chosen few differ: where two logits are nearly the same.
+        assert (mine == its).float().mean() > 0.9
     times = interleave(variants, rounds, cpu_time)
     over = {n: median(t - f for t, f in zip(times[n], times["floor"], strict=True)) for n in ("HF", "Inlay", "one adapter")}
     return {
@@ -81,12 +91,14 @@ def measure(phase: str, length: int, rounds: int, cpu_time: bool) -> dict[str, A
 
 
 def main() -> None:
-    parser = arguments(__doc__, rounds=15)
+    parser = arguments(__doc__, rounds=7)
     torch_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
-    rows = [measure(phase, n, options.rounds, options.cpu_time) for phase, n in (("prefill", PROMPT), ("decode", 1))]
+    phases = ("prefill", forward, PROMPT), ("decode", forward, 1), ("generate, 16 tokens", generation, 16)
+    models = base(torch.float32).eval(), adapted(peft), adapted(inlay)
+    rows = [measure(models, *phase, options.rounds, options.cpu_time) for phase in phases]
     title = f"{ROWS} rows, {ADAPTERS} adapters, Llama (hidden {HIDDEN}, {LAYERS} layers), prompts of {PROMPT} tokens"
     report(title, rows, options.json)
 
