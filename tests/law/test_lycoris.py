@@ -214,7 +214,7 @@ def dylora(**options: Any) -> tuple[nn.Module, list[Adapter]]:
 
 def rank_now(p: Adapter, ranks: range) -> int:
     """The rank to which a layer in training cuts its update."""
-    a, b = p.method.drawn(p)  # type: ignore[attr-defined]
+    (a, b), _ = p.method.drawn(p)  # type: ignore[attr-defined]
     return next(k for k in ranks if torch.allclose(p.method.scaling * b @ a, cut(p, k)))  # type: ignore[attr-defined]
 
 
