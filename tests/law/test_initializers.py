@@ -20,11 +20,13 @@ from inlay.core.attach import attach
 from inlay.core.config import PeftConfig
 from inlay.core.stores import STORES
 from inlay.core.targets import explain_targets
-from inlay.initializers.eva import StreamedDirections, distribute, get_eva_state_dict, initialize_lora_eva_weights
+from inlay.initializers.directions import StreamedDirections
+from inlay.initializers.eva import get_eva_state_dict, initialize_lora_eva_weights
 from inlay.initializers.mica import minor_directions
 from inlay.initializers.offset import Starts, alive
 from inlay.initializers.olora import olora
 from inlay.initializers.pissa import pissa
+from inlay.initializers.search import distribute
 from inlay.initializers.svd import approximate_singular_vectors, singular_vectors
 from inlay.kernels.blockwise import rounded as in_bits
 
@@ -594,9 +596,9 @@ def test_what_has_to_run_before_says_so() -> None:
         inlay.preprocess_corda(model, config)
     with pytest.raises(ValueError, match="met no input"):
         inlay.preprocess_corda(model, config, lambda: None)
-    convolution = BY_NAME["conv2d"]
+    norm = BY_NAME["layer-norm"]
     with pytest.raises(ValueError, match="take it out of the targets"):
-        inlay.preprocess_corda(convolution.model(), inlay.LoraConfig(r=2, init_lora_weights="corda", **convolution.targets), lambda: None)
+        inlay.preprocess_corda(norm.model(), inlay.LoraConfig(r=2, init_lora_weights="corda", **norm.targets), lambda: None)
     plain = inlay.LoraConfig(r=2, init_lora_weights="lora_ga", **on.targets)
     with pytest.raises(ValueError, match="lora_ga_config="):
         inlay.preprocess_loraga(model, plain, lambda: None)

@@ -12,6 +12,9 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from ..core.families import acts_on_last_axis
+from ..core.site import _AnyConv
+
 if TYPE_CHECKING:
     from ..core.method import Method
     from ..core.site import Site
@@ -29,6 +32,23 @@ def targets(model: nn.Module, config: Method) -> dict[str, Site]:
 
     config.prepare(model)
     return {target.name: target.site for target in find_targets(model, config)}
+
+
+def is_multiplied(site: Site) -> bool:
+    """Whether what a layer's matrix multiplies can be told from the layer's input: not where the host reads its weight itself."""
+    return acts_on_last_axis(site) or isinstance(site, _AnyConv)
+
+
+def multiplied(site: Site, x: Tensor) -> Tensor:
+    """What a layer's matrix multiplies, as rows ``(*batch, n, in)``: of a convolution patches of its input, group by group."""
+    if acts_on_last_axis(site):
+        return x.reshape(-1, x.shape[-1])
+    # Convolved with each patch's unit vectors, the input is its patches, under any stride, dilation and padding.
+    units = torch.eye(site.size("in"), dtype=x.dtype, device=x.device).expand(*site.batch, -1, -1)
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        patches = site.down(x, units)
+    patches = patches.movedim(-1 - len(site.kernel), -1)
+    return patches.reshape(-1, *site.batch, site.size("in")).movedim(0, -2)
 
 
 class SameInput:

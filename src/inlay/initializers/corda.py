@@ -3,11 +3,15 @@
 With ``C`` the covariance of a layer's inputs and ``U S V'`` the decomposition of ``W C``, the weight is ``U S V' C^-1``. The r
 components with the largest values are adapted ("instruction-previewed", for the task of these inputs), or those with the smallest
 ("knowledge-preserved": the inputs stand for what is to be kept).
+
+The inputs of a convolution are patches, in each group apart, those of a stack of experts the rows that each of them is given, and those
+of an embedding one-hot: ``C`` is a diagonal then, of how often each token is met.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.families import acts_on_last_axis
-from .calibration import Progress, SameInput, store, stored, targets, watching
+from ..core.site import Embedding, Stack
+from .calibration import Progress, SameInput, is_multiplied, multiplied, store, stored, targets, watching
 from .offset import unknown_start
+from .stacks import each_expert
+from .started import no_factors
 from .svd import precise, singular_vectors
 
 if TYPE_CHECKING:
@@ -54,7 +61,8 @@ class CordaConfig:
 
 @dataclass
 class CordaEigens:
-    """The components that a layer is to adapt: ``S_WC (r,)``, ``U_WC (out, r)``, and ``V_WC (in, r)`` behind ``C^-1``."""
+    """The components that a layer is to adapt: ``S_WC (*batch, r)``, ``U_WC (*batch, out, r)``, and ``V_WC (*batch, in, r)`` behind
+    ``C^-1``."""
 
     S_WC: Tensor
     U_WC: Tensor
@@ -80,16 +88,19 @@ def preprocess_corda(
         progress: called with the number of layers that are done, and of all.
 
     Raises:
-        ValueError: nothing was run, a layer is not linear or met no input, or one that is not finite.
+        ValueError: nothing was run, or a layer met no input, or one that is not finite, or its inputs are not to be seen.
     """
+    if why := no_factors(type(lora_config)):
+        raise ValueError(f"{why}.")
     options: CordaConfig = lora_config.corda_config or CordaConfig()
     sites = targets(model, lora_config)
     for name, site in sites.items():
-        if not acts_on_last_axis(site):
+        if not (is_multiplied(site) or isinstance(site, (Embedding, Stack))):
             raise ValueError(
-                f"CorDA needs the covariance of what a linear layer multiplies, and {name!r} is none; take it out of the targets."
+                f"CorDA needs the covariance of what a layer's matrix multiplies, and {name!r} is read by its host, a "
+                f"{type(site.module).__name__}, so that cannot be seen; take it out of the targets."
             )
-    ranks = {name: lora_config.at(name).r for name in sites}
+    ranks = {name: lora_config.at(name).rank_at(site) for name, site in sites.items()}
     device = next(iter(sites.values())).device
     known = stored(options.cache_file, device)
     if known is None:
@@ -111,17 +122,23 @@ def preprocess_corda(
                 progress(i, len(sites))
         store(options.cache_file, known)
     for name, site in sites.items():
-        site.module.eigens = CordaEigens(**{leaf: known[f"{name}.eigens.{leaf}"] for leaf in ("S_WC", "U_WC", "V_WC")})
+        found = CordaEigens(**{leaf: known[f"{name}.eigens.{leaf}"] for leaf in ("S_WC", "U_WC", "V_WC")})
+        setattr(site.module, attribute(site.name), found)
+
+
+def attribute(name: str) -> str:
+    """Where a host keeps what was found for its weight until the adapter starts."""
+    return "eigens" if name == "weight" else f"eigens_{name}"
 
 
 def _covariances(model: nn.Module, sites: dict[str, Site], run_model: Callable[[], object], keep_dtype: bool) -> dict[str, Tensor]:
-    """The mean over calls of ``x' x``, with ``x`` scaled by its largest entry."""
+    """The mean over calls of ``x' x``, with ``x`` scaled by its largest entry: ``(*batch, in, in)``; of an embedding its diagonal."""
     sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(sites, 0)
+    counts: dict[str, Tensor] = {}
     same = SameInput()
 
     def squared(x: Tensor) -> Tensor:
-        x = x.detach().reshape(-1, x.shape[-1])
+        x = x.detach()
         x = x if keep_dtype else x.float()
         x = x / x.max().abs()
         found = x.mT @ x
@@ -130,31 +147,58 @@ def _covariances(model: nn.Module, sites: dict[str, Site], run_model: Callable[[
         return found
 
     def see(name: str, args: tuple[Any, ...]) -> None:
-        found = same(args[0], lambda: squared(args[0]))
-        sums[name] = found.clone() if name not in sums else sums[name].add_(found)
-        counts[name] += 1
+        site, x = sites[name], args[0]
+        if isinstance(site, Embedding):
+            add(name, torch.bincount(x.reshape(-1), minlength=site.size("in")).float())
+        elif acts_on_last_axis(site):
+            add(name, same(x, lambda: squared(multiplied(site, x))))
+        else:
+            add(name, squared(multiplied(site, x)))
+
+    def add(name: str, found: Tensor, expert: int | None = None) -> None:
+        if name not in sums:
+            batch = () if expert is None else sites[name].batch
+            sums[name], counts[name] = found.new_zeros(*batch, *found.shape), found.new_zeros(*batch, *(1 for _ in found.shape))
+        at = slice(None) if expert is None else expert
+        sums[name][at] += found
+        counts[name][at] += 1
 
     training = model.training
     model.eval()
     try:
-        with watching({name: site.module for name, site in sites.items()}, see):
+        with ExitStack() as stack:
+            stacks = {name: site for name, site in sites.items() if isinstance(site, Stack)}
+            for name, site in stacks.items():
+                stack.enter_context(each_expert(site, lambda i, x, name=name: add(name, squared(x.reshape(-1, x.shape[-1])), i)))
+            stack.enter_context(watching({name: site.module for name, site in sites.items() if name not in stacks}, see))
             run_model()
     finally:
         model.train(training)
-    return {name: total / counts[name] for name, total in sums.items()}
+    return {name: total / counts[name].clamp_min(1) for name, total in sums.items()}
 
 
 def components(w: Tensor, covariance: Tensor, r: int, *, smallest: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """U ``(out, r)``, S ``(r,)`` of ``W C``, and ``C^-1 V (in, r)``, with ``C`` damped until it can be inverted."""
-    covariance = precise(covariance)
-    damp, mean = 0.01, covariance.diagonal().mean()
+    """U ``(*batch, out, r)``, S ``(*batch, r)`` of ``W C``, and ``C^-1 V (*batch, in, r)``, with ``C`` damped until it can be inverted.
+
+    Args:
+        w: ``(*batch, out, in)``.
+        covariance: ``(*batch, in, in)``, or a diagonal ``(in,)``.
+    """
+    w, covariance, r, damp = precise(w), precise(covariance), min(r, *w.shape[-2:]), 0.01
+    if covariance.ndim < w.ndim:
+        damped = covariance + damp * covariance.mean()
+        u, s, v = singular_vectors(w * damped, r, smallest=smallest)
+        return u, s, v / damped.unsqueeze(-1)
+    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+    # An expert that met no input counts all directions alike.
+    mean = mean.where(mean > 0, 1 / damp)[..., None, None]
     while True:
-        damped = covariance + damp * mean * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+        damped = covariance + damp * mean * torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
         root, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
+        if not failed.any():
             break
         damp *= 2
-    u, s, v = singular_vectors(precise(w) @ damped, min(r, *w.shape), smallest=smallest)
+    u, s, v = singular_vectors(w @ damped, r, smallest=smallest)
     return u, s, torch.cholesky_solve(v, root)
 
 
@@ -165,9 +209,9 @@ def corda_start(sites: Sequence[Site], method: Offset, paths: Sequence[str]) -> 
         ValueError: there are none, and how to come by them.
     """
     for site, path in zip(sites, paths, strict=True):
-        if not hasattr(site.module, "eigens"):
+        if not hasattr(site.module, attribute(site.name)):
             raise ValueError(unknown_start("corda", path))
-    found = [vars(site.module).pop("eigens") for site in sites]
+    found = [vars(site.module).pop(attribute(site.name)) for site in sites]
     s, u, v = (torch.stack([getattr(e, leaf) for e in found]) for leaf in ("S_WC", "U_WC", "V_WC"))
     root = (s / method.scaling).sqrt()
     return root.unsqueeze(-1) * v.mT, u * root.unsqueeze(-2)

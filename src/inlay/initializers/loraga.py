@@ -2,20 +2,25 @@
 
 The factors are singular vectors of the weight's gradient, other ones in A than in B. So the signs of the vectors, which are
 anyone's choice, change the product, and the start has to be kept: it could not be found again.
+
+A weight that is quantised or computed has no gradient of its own. That of a zero matrix that is added to it is the same; for a host
+that reads its weight itself, a dense copy takes the weight's place meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.method import generator_for
+from ..core.method import full, generator_for
 from .calibration import store, stored, targets
 from .offset import unknown_start
+from .started import no_factors
 from .svd import singular_vectors
 
 if TYPE_CHECKING:
@@ -66,14 +71,15 @@ def preprocess_loraga(model: nn.Module, lora_config: Any, train_step: Callable[[
         cache_file: where to keep the gradients; read instead of computing them where it exists.
 
     Raises:
-        ValueError: there is no ``lora_ga_config``, a layer is quantised, or one got no gradient.
+        ValueError: there is no ``lora_ga_config``, or a layer got no gradient.
     """
+    if why := no_factors(type(lora_config)):
+        raise ValueError(f"{why}.")
     if lora_config.lora_ga_config is None:
-        raise ValueError("LoRA-GA needs LoraConfig(init_lora_weights='lora_ga', lora_ga_config=LoraGAConfig(...)).")
+        raise ValueError(
+            f"LoRA-GA needs {type(lora_config).__name__}({lora_config.init_option}='lora_ga', lora_ga_config=LoraGAConfig(...))."
+        )
     sites = targets(model, lora_config)
-    for name, site in sites.items():
-        if not site.store.dense:
-            raise ValueError(f"LoRA-GA needs the gradients of weights, and {name!r} is quantised: use the base from before.")
     known = stored(cache_file, next(iter(sites.values())).device)
     if known is None:
         known = {f"{name}._peft_loraga_grad": g for name, g in _gradients(model, sites, train_step).items()}
@@ -84,7 +90,7 @@ def preprocess_loraga(model: nn.Module, lora_config: Any, train_step: Callable[[
 
 def _gradients(model: nn.Module, sites: dict[str, Site], train_step: Callable[[], object]) -> dict[str, Tensor]:
     """The mean gradient of each weight over the backward passes of ``train_step``. The model is as it was before."""
-    held = {name: site.module._parameters[site.name] for name, site in sites.items()}
+    held = {name: _leaf(site) for name, site in sites.items()}
     before = [(q, q.requires_grad, q.grad) for q in model.parameters()]
     counts = dict.fromkeys(sites, 0)
 
@@ -101,7 +107,7 @@ def _gradients(model: nn.Module, sites: dict[str, Site], train_step: Callable[[]
             q.grad = None
         handles = [q.requires_grad_(True).register_post_accumulate_grad_hook(counting(name)) for name, q in held.items()]
         model.train()
-        with torch.enable_grad():
+        with torch.enable_grad(), _in_place([(site, held[name]) for name, site in sites.items() if not _has_gradient(site)]):
             train_step()
         for handle in handles:
             handle.remove()
@@ -116,6 +122,45 @@ def _gradients(model: nn.Module, sites: dict[str, Site], train_step: Callable[[]
             q.grad = grad
 
 
+def _has_gradient(site: Site) -> bool:
+    """Whether the weight itself takes part in the backward pass, as a parameter."""
+    return site.store.dense and site.name in site.module._parameters
+
+
+def _leaf(site: Site) -> Tensor:
+    """What gets the gradient of the weight, in its raw shape."""
+    if _has_gradient(site):
+        return site.module._parameters[site.name]
+    return (
+        nn.Parameter(full(site.store.read(site.module, site.name)).clone())
+        if site.reads
+        else torch.zeros(site.raw_shape, device=site.device)
+    )
+
+
+@contextmanager
+def _in_place(leaves: Sequence[tuple[Site, Tensor]]) -> Iterator[None]:
+    """Layers that add what a leaf makes of their input, or read it in place of their weight."""
+
+    def adding(site: Site, leaf: Tensor) -> Callable[..., Tensor]:
+        def added(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+            x = args[0] if args else next(iter(kwargs.values()))
+            x = x.to(leaf.dtype) if x.is_floating_point() else x
+            return y + site.bound(args[1:], kwargs).apply(x, site.matrix(leaf)).to(y.dtype)
+
+        return added
+
+    with ExitStack() as stack:
+        for site, leaf in leaves:
+            if site.reads:
+                parameters = site.module._parameters
+                stack.callback(parameters.__setitem__, site.name, parameters[site.name])
+                parameters[site.name] = leaf
+            else:
+                stack.callback(site.module.register_forward_hook(adding(site, leaf), with_kwargs=True).remove)
+        yield
+
+
 def loraga_start(sites: Sequence[Site], method: Offset, paths: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Factors from the gradients that `preprocess_loraga` left on the layers, which are taken away there.
 
@@ -126,9 +171,9 @@ def loraga_start(sites: Sequence[Site], method: Offset, paths: Sequence[str]) ->
     for one, path in zip(sites, paths, strict=True):
         if attribute(one.name) not in vars(one.module):
             raise ValueError(unknown_start("lora_ga", path))
-    options: LoraGAConfig = method.lora_ga_config or LoraGAConfig()  # type: ignore[attr-defined]
+    options: LoraGAConfig = method.lora_ga_config or LoraGAConfig()
     gradients = torch.stack([one.matrix(vars(one.module).pop(attribute(one.name))) for one in sites])
-    r = method.params(site)[method.names(site)[0]].shape(site)[-2]
+    r = method.rank_at(site)
     if 2 * r > min(site.shape[-2:]):
         raise ValueError(
             f"LoRA-GA takes 2 r = {2 * r} directions, and the gradient of {paths[0]!r} has {min(site.shape[-2:])}: choose a smaller r."

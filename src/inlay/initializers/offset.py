@@ -57,13 +57,13 @@ class Offset(Started):
 
         return STARTS[self.start_name]
 
-    def kept(self, site: Site) -> dict[str, str]:
+    def start_names(self, site: Site) -> dict[str, str]:
         """The buffers of the start, by the names of the tensors that started there."""
         return {name: f"{self.prefix}{name.rpartition('_')[2]}_start" for name in self.names(site)}
 
     def params(self, site: Site) -> dict[str, Param]:
         declared, data = super().params(site), self.starter.from_data
-        for name, kept in self.kept(site).items():
+        for name, kept in self.start_names(site).items():
             declared[name] = replace(declared[name], init=zeros)
             declared[kept] = replace(declared[name], key=f"{kept}.weight", trainable=False, persistent=data, optional=data)
         return declared
@@ -75,17 +75,17 @@ class Offset(Started):
         waiting = isinstance(p.shared, Starts) and p.path in p.shared
         starts = p.shared if waiting else Starts({p.path: p.site}, lambda _: self)
         with torch.no_grad():
-            for kept, value in zip(self.kept(p.site).values(), self.placed(p.site, *starts.take(p.path)), strict=True):
+            for kept, value in zip(self.start_names(p.site).values(), self.placed(p.site, *starts.take(p.path)), strict=True):
                 getattr(p, kept).copy_(value)
 
     def start(self, p: Adapter) -> None:
-        for name, kept in self.kept(p.site).items():
+        for name, kept in self.start_names(p.site).items():
             getattr(p, name).data.copy_(getattr(p, kept))
         super().start(p)
 
     def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
         """Beyond the smaller rank stands the start, which is taken off again."""
-        values, kept = super().padded(p, small), self.kept(p.site)
+        values, kept = super().padded(p, small), self.start_names(p.site)
         if all(value.shape == getattr(small, name).shape for name, value in values.items()):
             return values
         if len(kept) > 2:
@@ -101,7 +101,7 @@ class Offset(Started):
 
     def whole(self, p: Adapter) -> tuple[Tensor, Tensor]:
         a, b = super().whole(p)
-        a_start, b_start = self.joined(p.site, *(getattr(p, kept) for kept in self.kept(p.site).values()))
+        a_start, b_start = self.joined(p.site, *(getattr(p, kept) for kept in self.start_names(p.site).values()))
         return torch.cat((a, a - a_start), -2), torch.cat((b - b_start, b_start), -1)
 
     def moving(self, p: Adapter) -> tuple[Tensor, Tensor]:

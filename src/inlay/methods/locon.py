@@ -6,14 +6,14 @@ update is LoRA's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..core.method import LowRank, Param, generator_for, kaiming_uniform, register, zeros
+from ..core.method import LowRank, Param, generator_for, kaiming_uniform, ones, register, zeros
 from ..core.site import ConvTranspose, Site
 from ..initializers.plain import gaussian, orthogonal
 from ..initializers.svd import singular_vectors
@@ -86,6 +86,11 @@ class LoConConfig(Drawn, Lycoris, LowRank):
             "locon_mid": Param((r, r, *site.kernel), core_uniform, file_shape=(groups * r, r, *site.kernel)),
             "locon_B": Param((out, r), last, file_shape=(groups * out, r, *ones)),
         } | self.scalar()
+
+    def scalar(self) -> dict[str, Param]:
+        # Before a product that is zero, a factor of zero would never learn.
+        start = {"init": ones} if self.init_weights == "orthogonal" else {}
+        return {name: replace(param, **start) for name, param in super().scalar().items()}
 
     def joined(self, site: Site, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """The core joins the factor that has the kernel."""
