@@ -1,15 +1,21 @@
-"""``inlay quantize``: the report of what a LoRA can make up for."""
+"""``inlay quantize``: what its folder holds, what memory it takes, and the report of what a LoRA can make up for."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import inlay
 from inlay.cli.app import run
+from inlay.kernels.quantised_tensor import QuantizedTensor
 from inlay.training.models import bundled_base, bundled_data, load_tokenizer
 
 
@@ -24,6 +30,127 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     load_tokenizer("bundled").save_pretrained(path)
     return path
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(3, 27).view(2, 12)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("to", ["nf4", "fp4", "int8", "int4"])
+def test_the_folder_holds_what_quantising_in_memory_gives(
+    to: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a base in several files; transformers loads the folder with bitsandbytes, as users do."""
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    sharded = tmp_path / "sharded"
+    dense.save_pretrained(sharded, max_shard_size="100KB")
+    load_tokenizer("bundled").save_pretrained(sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    out = tmp_path / "q"
+    assert run(["quantize", str(sharded), "--to", to, "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = inlay.quantize_(dense, to)
+    weights = [q for q in expected.parameters() if isinstance(q, QuantizedTensor)]
+    assert len(weights) == 7
+    assert found["quantised"] == sum(q.numel() for q in weights)
+    assert found["bytes_per_parameter"] == pytest.approx(sum(q.stored_bytes for q in weights) / found["quantised"])
+    assert found["bytes"] == sum(f.stat().st_size for f in out.iterdir())
+    y = logits(expected)
+    assert torch.equal(logits(inlay.from_pretrained_quantized(out)), y)
+    assert load_tokenizer(str(out)).decode([3, 4]) == load_tokenizer("bundled").decode([3, 4])
+    if to == "int4":  # which bitsandbytes has not
+        return
+    theirs: Any = AutoModelForCausalLM.from_pretrained(out, device_map="cpu")
+    layer = theirs.model.layers[0].mlp.up_proj
+    assert type(layer).__name__ == ("Linear8bitLt" if to == "int8" else "Linear4bit")
+    # Training mode: for inference bitsandbytes rounds the scales on some CPUs. In 8 bits it rounds the inputs, too.
+    with torch.no_grad():
+        found_logits = theirs.train()(input_ids=torch.arange(3, 27).view(2, 12)).logits
+    if to == "int8":
+        assert (found_logits - y).norm() < 0.02 * y.norm()
+    else:
+        torch.testing.assert_close(found_logits, y, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_skipped_stays(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["quantize", str(folder), "--out", str(tmp_path / "q"), "--skip", "down_proj", "--skip", "self_attn", "--skip", "lm_head"]
+    assert run([*words, "--skip", "embed_tokens", "--no-double", "--block", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes_per_parameter"] == pytest.approx(0.5 + 4 / 32)
+    names = {n for n, q in inlay.from_pretrained_quantized(tmp_path / "q").named_parameters() if isinstance(q, QuantizedTensor)}
+    assert names == {"model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"}
+    for words, said in (
+        (["--to", "nf5"], "--to nf5: give nf4, fp4, int4, int8. Did you mean nf4?"),
+        (["--skip", "q_porj"], "skip='q_porj' fits no module"),
+        (["--block", "33"], "33"),
+        (["--out", str(tmp_path / "q")], "exists already; name a new folder"),
+    ):
+        assert run(["quantize", str(folder), "--out", str(tmp_path / "none"), *words]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "none").exists()
+    assert run(["quantize", str(tmp_path / "q"), "--to", "int8", "--out", str(tmp_path / "none")]) == 2
+    assert "quantized to 'nf4' already" in " ".join(capsys.readouterr().err.split()).replace("quantised", "quantized")
+
+
+# Memory of the process, with the model's files not counted: they are mapped.
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import inlay, transformers, transformers.quantizers, inlay.training.sft
+from inlay.cli.app import run
+from inlay.training.models import bundled_base
+
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
+
+# A first one, so that what stays in memory of libraries is not counted.
+assert run(["quantize", "bundled", "--out", sys.argv[2] + "-first", "--json"]) == 0
+start, peak, going = held(), 0, True
+def watch():
+    global peak
+    while going:
+        peak = max(peak, held())
+        time.sleep(0.001)
+watcher = threading.Thread(target=watch)
+watcher.start()
+if sys.argv[3] == "command":
+    assert run(["quantize", sys.argv[1], "--out", sys.argv[2], "--json"]) == 0
+else:
+    model = inlay.AutoPeftModelForCausalLM.from_pretrained(sys.argv[2], quantization="nf4")
+going = False
+watcher.join()
+print(peak - start)
+"""
+
+
+@pytest.mark.parametrize("how", ["command", "loading"])
+def test_the_dense_model_is_never_in_memory(how: str, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(bundled_base())
+    config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads = 12, 768, 2048, 12
+    config.num_key_value_heads, config.head_dim = 12, 64
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    dense = sum(q.numel() for q in model.parameters()) * 4
+    largest = max(q.numel() for q in model.parameters()) * 4
+    model.save_pretrained(tmp_path / "base")
+    load_tokenizer("bundled").save_pretrained(tmp_path / "base")
+    if how == "loading":
+        peft: Any = inlay.get_peft_model(model, inlay.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        peft.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        peft.save_pretrained(tmp_path / "out")
+    inlay.quantize_(peft.unload() if how == "loading" else model)
+    result = sum(q.stored_bytes if isinstance(q, QuantizedTensor) else 4 * q.numel() for q in model.parameters())
+    words = [sys.executable, "-c", PEAK, str(tmp_path / "base"), str(tmp_path / "out"), how]
+    done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    peak = int(done.stdout.split()[-1])
+    allowed = result + 3 * largest + 32e6
+    assert allowed < 0.5 * dense
+    assert peak < allowed, f"{peak / 1e6:.0f} MB at the peak; allowed {allowed / 1e6:.0f}, dense {dense / 1e6:.0f}"
 
 
 def test_the_report_as_json(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-from .tiny import INPUT_IDS, llama, logits, losses, trained, values
+from .tiny import INPUT_IDS, llama, logits, losses, tokenizer, trained, values
 
 IN_4_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
 
@@ -51,6 +51,28 @@ def run(base: Path, folder: Path, checkpointing: bool, **options: Any) -> dict[s
     return {"losses": losses(trainer), "trained": trained(model), "counts": list(model.get_nb_trainable_parameters()), "logits": found}
 
 
+def with_trl(base: Path, folder: Path, optimizer: str) -> dict[str, Any]:
+    """TRL's trainer is given the quantised model and a configuration, and does all else itself."""
+    from trl import SFTConfig, SFTTrainer
+
+    rows = INPUT_IDS.repeat(8, 1).tolist()
+    arguments = SFTConfig(
+        str(folder), per_device_train_batch_size=2, max_steps=5, learning_rate=1e-2, logging_steps=1, report_to="none", use_cpu=True,
+        bf16=False, seed=3, disable_tqdm=True, save_strategy="no", gradient_checkpointing=True, max_length=None, optim=optimizer,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        loaded(base, **IN_4_BITS), arguments, train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
+        processing_class=tokenizer(), peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    model: Any = trainer.model
+    set_peft_model_state_dict(model, values(get_peft_model_state_dict(model)))
+    trainer.train()
+    found = losses(trainer)
+    assert found[-1] < found[0] - 0.1, found
+    return {"losses": found, "trained": trained(model), "logits": logits(model)}
+
+
 def main(folder: Path) -> dict[str, Any]:
     base = folder / "base"
     llama(hidden_size=64, intermediate_size=128).save_pretrained(base)
@@ -59,4 +81,7 @@ def main(folder: Path) -> dict[str, Any]:
         for checkpointing in (False, True):
             got = run(base, folder / f"{name}-{checkpointing}", checkpointing, **options)
             result |= {f"{name} {checkpointing} {key}": value for key, value in got.items()}
+    for optimizer in ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"):
+        got = with_trl(base, folder / optimizer, optimizer)
+        result |= {f"trl {optimizer} {key}": value for key, value in got.items()}
     return result
