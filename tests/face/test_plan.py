@@ -324,7 +324,7 @@ def test_a_setting_is_a_value() -> None:
 # ---- a process --------------------------------------------------------------------------------------------------------------------
 def test_the_peak_of_a_process() -> None:
     """Two real steps of models of some hundred megabytes, and the most memory that a process had for them."""
-    cases = ["LoRA", "LoRA, nf4, checkpointing", "whole model, SGD", "prompt tuning, 32,000 tokens"]
+    cases = ["LoRA, nf4, checkpointing", "whole model, SGD"]
     words = [
         sys.executable,
         str(Path(__file__).parents[2] / "benchmarks" / "plan.py"),
