@@ -28,12 +28,18 @@ from ..core.targets import Target
 from ..core.tied import Tied
 from ..formats.state import PREFIX, AdapterMismatch, fill, slots, slots_of_parts
 from ..operations.fitting import Seats, fitted, size_of
+from ..prompts import load_prompt
 from .functions import infer_device
 
 Key = tuple[str, str]
 
 # Options that change what is computed from the tensors in a way that the weight does not show.
 MUST_AGREE = ("use_dora", "lora_dropout")
+# Those of methods on inputs. A virtual token more is no padding: attention would look at it.
+MUST_AGREE_ON_INPUTS = (
+    "num_virtual_tokens", "num_transformer_submodules", "num_layers", "num_attention_heads", "token_dim", "num_tasks", "prefix_projection",
+    "cpt_mask", "cpt_tokens_type_mask",
+)  # fmt: skip
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
@@ -43,11 +49,13 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     """
     if config0.peft_type != config1.peft_type:
         raise ValueError(f"Incompatible PEFT types found: {config0.peft_type} and {config1.peft_type}")
-    if not isinstance(config0, Method):
-        raise ValueError(f"Hotswapping is for adapters of weights, and {config0.peft_type} acts on inputs; load it beside this one.")
+    on_weights = isinstance(config0, Method)
     for name in (f.name for f in fields(config0)):
         old, new = getattr(config0, name), getattr(config1, name)
-        if (name in MUST_AGREE or name.endswith("dropout")) and old != new:
+        # What a prompt's configuration leaves open follows from the base.
+        known = on_weights or (old is not None and new is not None)
+        matters = name in MUST_AGREE or name.endswith("dropout") if on_weights else name in MUST_AGREE_ON_INPUTS
+        if matters and known and old != new:
             raise ValueError(f"Configs are incompatible: for {name}, {old} != {new}")
 
 
@@ -116,10 +124,14 @@ def hotswap_adapter_from_state_dict(
         ValueError: the adapter is merged, has a scale of 0, or is one that the new values cannot be put into.
         RuntimeError: a tensor has no place here. The adapter is as it was, in both cases.
     """
+    if (prompted := _prompted(model, adapter_name)) is not None:
+        check_hotswap_configs_compatible(prompted.peft_config[adapter_name], config)
+        load_prompt(prompted, adapter_name, state_dict)
+        return
     bare = _bare(model)
     here = {(p.path, p.name): p for p in places(bare) if adapter_name in p.adapters}
     if not here:
-        raise ValueError(_absent(model, adapter_name))
+        raise ValueError(f"There is no adapter {adapter_name!r} in the model; load it before swapping others into it.")
     if any(adapter_name in place.merged for place in here.values()):
         raise ValueError(f"Cannot hot-swap adapter {adapter_name!r} while it is merged; unmerge it first.")
     own = _config_of(here, adapter_name)
@@ -166,11 +178,9 @@ def hotswap_adapter(model: nn.Module, model_name_or_path: str, adapter_name: str
         ValueError, RuntimeError: as for `check_hotswap_configs_compatible` and `hotswap_adapter_from_state_dict`.
     """
     config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
-    bare = _bare(model)
-    here = {(p.path, p.name): p for p in places(bare) if adapter_name in p.adapters}
-    if not here:
-        raise ValueError(_absent(model, adapter_name))
-    check_hotswap_configs_compatible(_config_of(here, adapter_name), config)
+    here = {(p.path, p.name): p for p in places(_bare(model)) if adapter_name in p.adapters}
+    if here:
+        check_hotswap_configs_compatible(_config_of(here, adapter_name), config)
     tensors = load_peft_weights(model_name_or_path, device=torch_device or infer_device(), **kwargs)
     hotswap_adapter_from_state_dict(model, tensors, adapter_name, config)
 
@@ -287,13 +297,12 @@ def _bare(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _absent(model: nn.Module, name: str) -> str:
-    """What to say where no layer has the adapter."""
+def _prompted(model: nn.Module, name: str) -> PeftModel | None:
+    """The model, where this adapter acts on inputs."""
     wrapped = getattr(model, "_orig_mod", model)
-    config = wrapped.peft_config.get(name) if isinstance(wrapped, PeftModel) else None
-    if config is None or isinstance(config, Method):
-        return f"There is no adapter {name!r} in the model; load it before swapping others into it."
-    return f"Hotswapping is for adapters of weights, and {name!r} ({config.peft_type}) acts on inputs; load the other one beside it."
+    if not isinstance(wrapped, PeftModel) or name not in wrapped.peft_config or isinstance(wrapped.peft_config[name], Method):
+        return None
+    return wrapped
 
 
 def _by_name(bare: nn.Module) -> dict[str, dict[str, Adapter]]:
