@@ -57,6 +57,7 @@ def filled(plan: Plan, unit: Unit) -> Iterator[None]:
             table.clear()
             table.update(old)
 
+
 def folded(plan: Plan, unit: Unit) -> dict[str, Tensor]:
     """What becomes of a unit's tensors, by their names in the model."""
     if plan.combining is not None:
@@ -73,6 +74,7 @@ def folded(plan: Plan, unit: Unit) -> dict[str, Tensor]:
             continue
         found |= _named(plan, place, *place.fold(plan.order))
     return found
+
 
 def one_change(plan: Plan, unit: Unit, by: Combining) -> dict[str, Tensor]:
     """The same where all adapters become one change first."""
@@ -94,6 +96,7 @@ def one_change(plan: Plan, unit: Unit, by: Combining) -> dict[str, Tensor]:
         w = full(w) if update is None else full(w) + full(update.matrix())
         found |= _named(plan, place, w, b if bias is None else bias if b is None else full(b) + full(bias))
     return {name: tensor for name, tensor in found.items() if name not in plan.following}
+
 
 def rowwise(plan: Plan, unit: Unit) -> Site | None:
     """The weight of a unit that low-rank updates are added to and nothing else, so that it can be done in slices."""
