@@ -109,8 +109,27 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
         {"name": "compare json", "words": ["compare", "--adapter", run, "--data", held_out, "--max-new-tokens", "4", "--json"]},
         {
             "name": "train nf4",
-            "words": ["train", data, "--model", model, "--quantization", "nf4", "--max-steps", "2", "--eval-every", "1"]
-            + ["--lr", "0.02", "--r", "4", "--target-modules", "q_proj", "--output", str(folder / "nf4"), "--json"],
+            "words": [
+                "train",
+                data,
+                "--model",
+                model,
+                "--quantization",
+                "nf4",
+                "--max-steps",
+                "2",
+                "--eval-every",
+                "1",
+                "--lr",
+                "0.02",
+                "--r",
+                "4",
+                "--target-modules",
+                "q_proj",
+                "--output",
+                str(folder / "nf4"),
+                "--json",
+            ],
         },
         {
             "name": "compare nf4",
@@ -118,13 +137,31 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
         },
         {
             "name": "compare a checkpoint",
-            "words": ["compare", "--adapter", str(folder / "nf4" / "checkpoints" / "checkpoint-2"), "--data", held_out]
-            + ["--max-new-tokens", "4", "--json"],
+            "words": [
+                "compare",
+                "--adapter",
+                str(folder / "nf4" / "checkpoints" / "checkpoint-2"),
+                "--data",
+                held_out,
+                "--max-new-tokens",
+                "4",
+                "--json",
+            ],
         },
         {
             "name": "compare nf4 on dense",
-            "words": ["compare", "--adapter", str(folder / "nf4"), "--data", held_out, "--quantization", "none"]
-            + ["--max-new-tokens", "4", "--json"],
+            "words": [
+                "compare",
+                "--adapter",
+                str(folder / "nf4"),
+                "--data",
+                held_out,
+                "--quantization",
+                "none",
+                "--max-new-tokens",
+                "4",
+                "--json",
+            ],
         },
         {"name": "compare nf5", "words": ["compare", "--adapter", str(folder / "nf4"), "--data", held_out, "--quantization", "nf5"]},
         {
