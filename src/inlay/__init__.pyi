@@ -107,6 +107,7 @@ from .operations.convert import Conversion as Conversion
 from .operations.convert import conversion as conversion
 from .operations.convert import convert_to_lora as convert_to_lora
 from .operations.convert import save_as_lora as save_as_lora
+from .operations.stream_merge import StreamMerge as StreamMerge
 from .planning import MemoryPlan as MemoryPlan
 from .planning import plan as plan
 from .prompts.cartridge import CartridgeConfig as CartridgeConfig

@@ -149,8 +149,7 @@ def capabilities(name: str) -> Capabilities:
 
 
 def _starts(cls: type[PeftConfig], module: Any) -> list[str]:
-    if issubclass(cls, Started):
-        method = example(cls)
+    if issubclass(cls, Started) and isinstance(method := example(cls), Started):
         return [name for name in (*NAMES, *cls.own_inits) if not method.unfit(name.partition("_niter_")[0])]
     return list(getattr(module, "INITS", ()))
 
