@@ -102,7 +102,9 @@ def started(backend: str, how: str, iterations: int = 1) -> tuple[float, float, 
     """What is left of the weight and of the outputs on the calibration data."""
     model = get_peft_model(on(backend), LoraConfig(r=8, lora_alpha=12, target_modules=["host"]))
     if how == "loftq":
-        replace_lora_weights_loftq(model, original(), iterations=iterations)
+        done: list[tuple[int, ...]] = []
+        replace_lora_weights_loftq(model, original(), iterations=iterations, progress=lambda *counts: done.append(counts))
+        assert done == [(1, 1)]
     elif how == "cloq":
         initialize_lora_cloq_weights(model, original(), [inputs()], iterations=iterations)
     (p,) = adapters(model.get_base_model())

@@ -20,10 +20,13 @@ from inlay.core.attach import attach
 from inlay.core.config import PeftConfig
 from inlay.core.stores import STORES
 from inlay.core.targets import explain_targets
+from inlay.initializers.cloq import root
+from inlay.initializers.compensation import best_factors
+from inlay.initializers.corda import components
 from inlay.initializers.directions import StreamedDirections
 from inlay.initializers.eva import get_eva_state_dict, initialize_lora_eva_weights
 from inlay.initializers.mica import minor_directions
-from inlay.initializers.offset import Starts, alive
+from inlay.initializers.offset import AT_ONCE, Starts, alive
 from inlay.initializers.olora import olora
 from inlay.initializers.pissa import pissa
 from inlay.initializers.search import distribute
@@ -401,6 +404,70 @@ def test_layers_of_one_shape_are_decomposed_together(monkeypatch: pytest.MonkeyP
         assert not p.shared.found
         a, b = pissa(p.site.read()[0], 2, 4.0)
         close(p.lora_B @ p.lora_A, (b @ a).float(), 1e-5)
+
+
+class Read(nn.Module):
+    """Two embeddings of one shape before the layers of `Stacked`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stacked = Stacked()
+        self.tokens, self.places = nn.Embedding(9, 8), nn.Embedding(9, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.stacked(self.tokens(ids) + self.places(ids.flip(-1)))
+
+
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+def test_corda_decomposes_layers_of_one_shape_together(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are those of one layer at a time."""
+    calls, seen = [], []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda t: calls.append(tuple(t.shape)) or eigh(t))
+    targets = {"target_modules": ["0", "1", "2", "square", "tokens", "places"], "corda_config": {"corda_method": method}}
+    config = inlay.LoraConfig(r=2, init_lora_weights="corda", **targets)
+    ids, model = torch.arange(40).reshape(4, 10) ** 2 % 9, Read()
+
+    def found() -> dict[str, list[Tensor]]:
+        calls.clear()
+        inlay.preprocess_corda(model, config, lambda: model(ids), progress=lambda *done: seen.append(done))
+        eigens = {name: vars(module).pop("eigens") for name, module in model.named_modules() if "eigens" in vars(module)}
+        return {name: [e.S_WC, e.U_WC, e.V_WC] for name, e in eigens.items()}
+
+    together = found()
+    assert sorted(calls) == [(1, 8, 8), (2, 8, 8), (3, 6, 6)]
+    assert seen == [(3, 6), (4, 6), (6, 6)]
+    assert all(t.untyped_storage().nbytes() == t.nbytes for parts in together.values() for t in parts)
+    monkeypatch.setitem(AT_ONCE, "cpu", 1)
+    alone = found()
+    assert len(calls) == len(alone) == 6
+    for name, (s, u, v) in alone.items():
+        one_s, one_u, one_v = together[name]
+        close(one_s, s, 1e-6)
+        close(one_u * one_s @ one_v.mT, u * s @ v.mT, 1e-5)
+
+
+def test_a_covariance_that_needs_damping_leaves_others_alone() -> None:
+    """Of two that are decomposed together, one is negative in a direction."""
+    w, x = drawn(2, 5, 6), drawn(2, 9, 6, seed=2)
+    c = x.mT @ x
+    c[1, 0, 0] = -0.05 * c[1].diagonal().mean()
+    u, s, v = components(w, c, 2, smallest=False)
+    for i in range(2):
+        one_u, one_s, one_v = components(w[i], c[i], 2, smallest=False)
+        close(s[i], one_s, 1e-9)
+        close(u[i] * s[i] @ v[i].mT, one_u * one_s @ one_v.mT, 1e-9)
+
+
+def test_a_stack_is_made_up_for_as_each_of_its_matrices() -> None:
+    """What LoftQ and CLoQ do for experts on a quantised base."""
+    lost, inputs = drawn(3, 5, 6), drawn(3, 9, 6, seed=2)
+    roots = root(inputs.mT @ inputs)
+    for given in (None, roots):
+        a, b = best_factors(lost, 2, 1.5, given)
+        for i in range(3):
+            one_a, one_b = best_factors(lost[i], 2, 1.5, None if given is None else root(inputs[i].mT @ inputs[i]))
+            close(b[i] @ a[i], one_b @ one_a, 1e-9)
 
 
 def test_starts_by_layer() -> None:

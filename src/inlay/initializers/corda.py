@@ -10,7 +10,7 @@ of an embedding one-hot: ``C`` is a diagonal then, of how often each token is me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.families import acts_on_last_axis
 from ..core.site import Embedding, Stack
 from .calibration import Progress, SameInput, is_multiplied, multiplied, store, stored, targets, watching
-from .offset import unknown_start
+from .offset import alike, unknown_start, weights
 from .stacks import each_expert
 from .started import no_factors
 from .svd import precise, singular_vectors
@@ -111,15 +111,7 @@ def preprocess_corda(
             watched = sites if hooked_model is None else {n: s for n, s in targets(hooked_model, lora_config).items() if n in sites}
             covariances = _covariances(hooked_model or model, watched, run_model, options.use_float16_for_covariance)
             store(options.covariance_file, covariances)
-        known = {}
-        for i, (name, site) in enumerate(sites.items(), 1):
-            if name not in covariances:
-                raise ValueError(f"{name!r} met no input while `run_model` ran; run the whole model, or take the layer out of the targets.")
-            u, s, v = components(site.read()[0].detach(), covariances[name], ranks[name], smallest=options.corda_method == "kpm")
-            for leaf, t in (("U", u), ("S", s), ("V", v)):
-                known[f"{name}.eigens.{leaf}_WC"] = t.float().contiguous()
-            if progress is not None:
-                progress(i, len(sites))
+        known = _decomposed(sites, covariances, ranks, options.corda_method == "kpm", progress)
         store(options.cache_file, known)
     for name, site in sites.items():
         found = CordaEigens(**{leaf: known[f"{name}.eigens.{leaf}"] for leaf in ("S_WC", "U_WC", "V_WC")})
@@ -177,27 +169,55 @@ def _covariances(model: nn.Module, sites: dict[str, Site], run_model: Callable[[
     return {name: total / counts[name].clamp_min(1) for name, total in sums.items()}
 
 
+def _decomposed(
+    sites: Mapping[str, Site], covariances: Mapping[str, Tensor], ranks: Mapping[str, int], smallest: bool, progress: Progress | None
+) -> dict[str, Tensor]:
+    """What `CordaEigens` holds, by the layers' names; layers of one shape are decomposed together."""
+    absent = next((name for name in sites if name not in covariances), None)
+    if absent is not None:
+        raise ValueError(f"{absent!r} met no input while `run_model` ran; run the whole model, or take the layer out of the targets.")
+    found: dict[str, Tensor] = {}
+    waiting = dict(sites)
+
+    def kind(name: str) -> tuple[Any, ...]:
+        return sites[name].shape, sites[name].device, covariances[name].shape, ranks[name]
+
+    while waiting:
+        first, site = next(iter(waiting.items()))
+        names = alike(first, waiting, kind, max(site.shape.numel(), covariances[first].numel()))
+        seen = torch.stack([covariances[name].to(site.device) for name in names])
+        u, s, v = components(weights([waiting.pop(name) for name in names]), seen, ranks[first], smallest=smallest)
+        for i, name in enumerate(names):
+            for leaf, t in (("U", u), ("S", s), ("V", v)):
+                # Not a view, which would go to a file with all others of its stack.
+                found[f"{name}.eigens.{leaf}_WC"] = t[i].float().clone(memory_format=torch.contiguous_format)
+        if progress is not None:
+            progress(len(sites) - len(waiting), len(sites))
+    return found
+
+
 def components(w: Tensor, covariance: Tensor, r: int, *, smallest: bool) -> tuple[Tensor, Tensor, Tensor]:
     """U ``(*batch, out, r)``, S ``(*batch, r)`` of ``W C``, and ``C^-1 V (*batch, in, r)``, with ``C`` damped until it can be inverted.
 
     Args:
         w: ``(*batch, out, in)``.
-        covariance: ``(*batch, in, in)``, or a diagonal ``(in,)``.
+        covariance: ``(*batch, in, in)``, or of all a diagonal ``(*batch, in)``.
     """
     w, covariance, r, damp = precise(w), precise(covariance), min(r, *w.shape[-2:]), 0.01
     if covariance.ndim < w.ndim:
-        damped = covariance + damp * covariance.mean()
-        u, s, v = singular_vectors(w * damped, r, smallest=smallest)
+        damped = covariance + damp * covariance.mean(-1, keepdim=True)
+        u, s, v = singular_vectors(w * damped.unsqueeze(-2), r, smallest=smallest)
         return u, s, v / damped.unsqueeze(-1)
     mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
     # An expert that met no input counts all directions alike.
-    mean = mean.where(mean > 0, 1 / damp)[..., None, None]
+    added = (damp * mean).where(mean > 0, 1)[..., None, None]
     while True:
-        damped = covariance + damp * mean * torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
+        damped = covariance + added * torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
         root, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
             break
-        damp *= 2
+        # Of each matrix as much as it takes, whatever is decomposed along with it.
+        added = torch.where(failed[..., None, None] != 0, 2 * added, added)
     u, s, v = singular_vectors(w @ damped, r, smallest=smallest)
     return u, s, torch.cholesky_solve(v, root)
 

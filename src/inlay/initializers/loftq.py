@@ -20,6 +20,7 @@ from ..core.method import Method, Param, full, zeros
 from ..core.mixins import mixed_in
 from ..core.site import Embedding, Site
 from ..kernels.blockwise import rounded
+from .calibration import Progress
 from .compensation import compensate, quantised_layers
 from .offset import alive
 from .pissa import pissa
@@ -161,6 +162,7 @@ def replace_lora_weights_loftq(
     callback: Callable[[nn.Module, str], bool] | None = None,
     *,
     iterations: int = 1,
+    progress: Progress | None = None,
 ) -> None:
     """Start the factors of a LoRA adapter on a quantised base from what the quantisation lost.
 
@@ -171,6 +173,7 @@ def replace_lora_weights_loftq(
         callback: asked after each layer, with the model and the layer's name, whether to keep the new factors.
         iterations: beyond 1, the base is quantised again, too, in turn with the factors. It is another base then, which has to be
             saved along with the adapter.
+        progress: called with the number of layers that are done, and of all.
 
     Raises:
         ValueError: no adapted layer is quantised, the file is not found or lacks a weight, or the adapter has no factors A and B.
@@ -181,7 +184,7 @@ def replace_lora_weights_loftq(
     base = bare_model(peft_model)
     found = quantised_layers(base, adapter_name)
     read = original_weights(base, model_path)
-    for place, p in found:
+    for i, (place, p) in enumerate(found, 1):
         before, held = {n: t.detach().clone() for n, t in p.named_parameters()}, p.site.store.held(p.site.module, p.site.name)
         compensate(place, p, read(f"{place.path}.{p.site.name}"), iterations=iterations)
         if callback is not None and not callback(peft_model, place.path):
@@ -189,3 +192,5 @@ def replace_lora_weights_loftq(
                 t.copy_(before[name])
             if iterations > 1:
                 p.site.store.put(p.site.module, p.site.name, held)
+        if progress is not None:
+            progress(i, len(found))

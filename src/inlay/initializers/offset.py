@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -153,14 +154,7 @@ class Starts(nn.Module):
 
     def _like(self, path: str) -> list[str]:
         """Layers that are decomposed in one call with this one."""
-        site = self.sites[path]
-        chosen, limit = [path], AT_ONCE.get(site.device.type, AT_ONCE_ELSEWHERE) // max(1, site.shape.numel())
-        for other in self.sites:
-            if len(chosen) >= limit:
-                break
-            if other != path and self._kind(other) == self._kind(path):
-                chosen.append(other)
-        return chosen
+        return alike(path, self.sites, self._kind, self.sites[path].shape.numel())
 
     def _kind(self, path: str) -> tuple[Any, ...]:
         site, method = self.sites[path], self.methods[path]
@@ -177,6 +171,16 @@ class Starts(nn.Module):
         self.done += len(paths)
         if self.progress is not None:
             self.progress(self.done, self.total)
+
+
+def alike(path: str, sites: Mapping[str, Site], kind: Callable[[str], object], numbers: int) -> list[str]:
+    """This layer and others of its kind, as many as are decomposed in one call.
+
+    Args:
+        numbers: how many there are to hold of each.
+    """
+    most, own = max(1, AT_ONCE.get(sites[path].device.type, AT_ONCE_ELSEWHERE) // max(1, numbers)), kind(path)
+    return [path, *islice((other for other in sites if other != path and kind(other) == own), most - 1)]
 
 
 def alive(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
