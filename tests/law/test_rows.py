@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
@@ -92,6 +94,76 @@ def test_a_generation_puts_factors_side_by_side_once(monkeypatch: pytest.MonkeyP
             with model.use_adapters(name):
                 alone = model.generate(input_ids=ids[i : i + 1], attention_mask=mask[i : i + 1], **options)
             assert torch.equal(together[i], alone[0])
+
+
+class Kernels(TorchDispatchMode):
+    """The kernels that run, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.run.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def kernels(run: Callable[[], Tensor]) -> tuple[Tensor, list[str]]:
+    with Kernels() as seen:
+        found = run()
+    return found, seen.run
+
+
+@pytest.mark.parametrize("row", ["a", "b", "c", "d", "__base__", ("a", "b"), ("c", "a", "d")], ids=str)
+@pytest.mark.parametrize("merged", [False, True])
+def test_one_distinct_adapter_costs_nothing_extra(row: Any, merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch whose rows all name the same runs the kernels of that adapter alone, forth, back and in generation, and no other."""
+    monkeypatch.setattr(core_mixed, "mixed", lambda *_: pytest.fail("the batch is not mixed"))
+    model, ids = adapted(), tokens(3)
+    model.set_adapter(["a", "b", "c", "d"])
+    if merged:
+        model.merge_adapter(["a"])
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+
+    def trained(**rows: Any) -> Tensor:
+        loss = model(input_ids=ids, labels=ids, **rows).loss
+        if loss.requires_grad:
+            loss.backward()
+        return loss.detach()
+
+    for run in (
+        trained,
+        lambda **rows: model(input_ids=ids, **rows).logits.detach(),
+        lambda **rows: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **rows, **options),
+    ):
+        # Gradients are added to, not made.
+        run(adapter_names=[row] * 3)
+        together, many = kernels(lambda run=run: run(adapter_names=[row] * 3))
+        with of(model, row):
+            alone, one = kernels(run)
+        assert torch.equal(together, alone)
+        assert many == one
+
+
+def test_layers_that_adapters_of_a_batch_do_not_tell_apart_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of "b" and of "c" are all the same to a layer that has only "a", or that "a" alone acts on with either."""
+    monkeypatch.setattr(core_mixed, "mixed", lambda *_: pytest.fail("the batch is not mixed here"))
+    model = inlay.get_peft_model(nn.ModuleDict({"first": nn.Linear(4, 4), "last": nn.Linear(4, 4)}), _lora(0, "first"), "a")
+    for name in "bc":
+        model.add_adapter(name, _lora(1, "last"))
+    first = model.get_base_model()["first"]
+    x = torch.randn(4, 4)
+
+    def at_rows(rows: list[Any]) -> Tensor:
+        with model.session.local(rows=rows):
+            return first(x)
+
+    for rows, name in ((["b", "c", "__base__", "b"], "__base__"), (["a", ("a", "b"), ("c", "a"), "a"], "a")):
+        found, many = kernels(lambda rows=rows: at_rows(rows))
+        with of(model, name):
+            alone, one = kernels(lambda: first(x))
+        assert torch.equal(found, alone)
+        assert many == one
 
 
 @torch.no_grad()

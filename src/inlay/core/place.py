@@ -98,7 +98,9 @@ class Place:
         from .mixed import mixed
 
         groups = grouped(rows, self.adapters)
-        if len(groups) == 1 or self.merged:
+        if len(groups) == 1:
+            return self.stacked(call, bare, groups[0].names, x, args, kwargs)
+        if self.merged:
             return by_rows(self.session, rows, lambda names, x, *a, **k: self.stacked(call, bare, names, x, a, k), (x, *args), kwargs)
         return mixed(self, call, len(rows), groups, x, args, kwargs)
 
