@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -216,37 +218,55 @@ def test_adapters_trained_together_are_those_of_solo_runs(names: str) -> None:
 
 
 def test_eight_threads_with_eight_adapters() -> None:
-    """Thousands of calls; each thread sees its own adapter and no other."""
+    """4,800 calls, each of whose answers is compared: each thread sees its own adapter, of a method of its own, and no other."""
     torch.manual_seed(0)
-    model = inlay.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), _lora(0), "0")
-    for i in range(1, 8):
-        model.add_adapter(str(i), _lora(i))
+    on = {"target_modules": ["0", "2"], "seed": 1}
+    configs = [
+        inlay.LoraConfig(r=2, init_lora_weights=False, **on),
+        inlay.LoraConfig(r=3, init_lora_weights=False, use_dora=True, **on),
+        inlay.IA3Config(feedforward_modules=[], init_ia3_weights=False, **on),
+        inlay.OFTConfig(oft_block_size=2, init_weights=False, **on),
+        inlay.HRAConfig(r=2, init_weights=False, **on),
+        inlay.LoHaConfig(r=2, init_weights=False, **on),
+        inlay.VeraConfig(r=2, init_weights=False, **on),
+        inlay.LoraConfig(r=1, lora_alpha=3, init_lora_weights=False, lora_bias=True, **on),
+    ]
+    model: Any = inlay.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), configs[0], "0")
+    for i, config in enumerate(configs[1:], 1):
+        model.add_adapter(str(i), config)
     model.eval()
-    x = torch.randn(2, 4)
-    expected = {}
-    for name in map(str, range(8)):
-        with model.use_adapters(name), torch.no_grad():
+    x, expected = torch.randn(2, 4), {}
+    for name in (*map(str, range(8)), "__base__"):
+        with of(model, name), torch.no_grad():
             expected[name] = model(x)
-    wrong: list[str] = []
+    answers = list(expected.values())
+    assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(answers) for b in answers[:i])
+    together = threading.Barrier(8, timeout=60)
 
-    def serve(name: str) -> None:
-        with torch.no_grad():
-            for i in range(400):
-                with model.use_adapters(name):
-                    found = model(x)
-                if not torch.equal(found, expected[name]):
-                    wrong.append(name)
-                if i % 50 == 0:
-                    mixed = model(x, adapter_names=[name, "__base__"])
-                    if not torch.allclose(mixed[0], expected[name][0], atol=1e-6):
-                        wrong.append(f"row of {name}")
+    @torch.no_grad()
+    def serve(name: str) -> list[bool]:
+        right: list[bool] = []
+        other = str((int(name) + 3) % 8)
+        together.wait()
+        for _ in range(200):
+            with model.use_adapters(name):
+                right.append(torch.equal(model(x), expected[name]))
+                with model.disable_adapter():
+                    right.append(torch.equal(model(x), expected["__base__"]))
+            mixed = model(x, adapter_names=[name, other])
+            right.append(torch.allclose(mixed, torch.stack((expected[name][0], expected[other][1])), atol=1e-6))
+        return right
 
-    threads = [threading.Thread(target=serve, args=(name,)) for name in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    # Threads take turns in the middle of calls, again and again.
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            right = [list(found) for found in pool.map(serve, map(str, range(8)))]
+    finally:
+        sys.setswitchinterval(before)
+    assert [len(found) for found in right] == [600] * 8
+    assert all(all(found) for found in right)
 
 
 def served() -> tuple[Any, Tensor, dict[str, Tensor]]:
@@ -289,23 +309,19 @@ def test_a_compiled_model_tells_threads_apart() -> None:
     torch._dynamo.reset()
     model, x, expected = served()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    wrong: list[str] = []
     together = threading.Barrier(3, timeout=60)
 
-    def serve(name: str) -> None:
+    def serve(name: str) -> list[bool]:
+        right = []
         with torch.no_grad():
             for _ in range(40):
                 with model.use_adapters(name):
                     together.wait()
-                    if not torch.allclose(compiled(x), expected[name]):
-                        wrong.append(name)
+                    right.append(torch.allclose(compiled(x), expected[name]))
+        return right
 
-    threads = [threading.Thread(target=serve, args=(name,)) for name in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(serve, expected)) == [[True] * 40] * 3
     with model.use_adapters("1"), model.use_adapters("2"):
         torch.testing.assert_close(compiled(x), expected["2"])
     torch.testing.assert_close(compiled(x), expected["0"])
