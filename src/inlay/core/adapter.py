@@ -23,10 +23,13 @@ class Adapter(nn.Module):
         bank_at: the module and the weight at which what the layers share is registered; None where that is here.
         name, session: the adapter's name and its model's session, once it has been set in.
         trained_bias: a retrained copy of the host's bias, or None.
+        first_row: of the layer's rows, where this is a part of an adapter (see `core.part`).
     """
 
     trained_bias: nn.Parameter | None
     session: Session | None
+    first_row = 0
+    _whole: Site | None = None
 
     if TYPE_CHECKING:
 
@@ -102,6 +105,11 @@ class Adapter(nn.Module):
             return fn(t)
 
         return super()._apply(keeping_digits, recurse)  # type: ignore[return-value]
+
+    @property
+    def whole(self) -> Site:
+        """The site with all rows, also where this is a part of an adapter."""
+        return self._whole or self.site
 
     @property
     def shared(self) -> Any:

@@ -359,6 +359,11 @@ class Method(PeftConfig):
         dtype = inner.site.dtype
         return inner.site.apply(x, w.to(dtype), None if b is None else b.to(dtype))
 
+    def rows_apart(self, site: Site) -> bool:
+        """Whether the fold of some rows of the weight is those rows of the fold (of a stack: of some matrices), with the method's
+        tensors cut as they are declared. Such a weight can be merged in pieces, see `core.part`."""
+        return False
+
     # -- on whole modules --
     def ahead(self, p: Adapter, x: Tensor) -> Tensor:
         """What goes into the module. With `behind`, for a method that is no more than these two around it, and has them as its

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..kernels.quantised import dequantize_blocks, dequantize_rows
+from ..core.method import full
+from ..kernels.quantised import dequantize_blocks, dequantize_rows, dequantize_scales, dynamic_levels, quantize_scales
 from ..kernels.quantised_tensor import QuantizedTensor
 from .streaming import NAMES, Checkpoint, Entry, Files
 
@@ -84,11 +86,19 @@ class Packed(Entry):
             replace(e, shape=(e.shape[0] + ROOM,), nbytes=e.nbytes + ROOM) if end.startswith(STATE) else e for end, e in self.parts.items()
         ]
 
-    def pack(self, w: Tensor) -> tuple[dict[str, Tensor], QuantizedTensor]:
-        """Another weight in this way: the tensors of the file by their keys, and what they stand for."""
-        to = str(self.described.get("quant_type", "int8"))
-        double = "nested_absmax" in self.parts
-        q = QuantizedTensor.of(w, to, block=self.described.get("blocksize", 64), double=double, transposed=self.transposed)
+    @property
+    def stored(self) -> Packed:
+        """The weight as the file has it."""
+        return replace(self, shape=(*self.shape[:-2], self.shape[-1], self.shape[-2]), transposed=False) if self.transposed else self
+
+    @property
+    def together(self) -> int:
+        """A multiple of so many stored rows begins and ends with a block."""
+        block = self.described.get("blocksize", 1)
+        return block // gcd(block, self.stored.shape[-1])
+
+    def as_parts(self, q: QuantizedTensor) -> dict[str, Tensor]:
+        """The tensors of the file by their keys."""
         made, found = q.to_file(), {}
         for end, entry in self.parts.items():
             if end.startswith(STATE):
@@ -102,7 +112,54 @@ class Packed(Entry):
             # Codes may be stored as numbers of another width.
             same = tensor.dtype.itemsize == entry.torch_dtype.itemsize and end != ""
             found[entry.key] = tensor.to(entry.torch_dtype).reshape(entry.shape) if same else _as_bytes_of(tensor, entry)
-        return found, q
+        return found
+
+
+class Packing:
+    """Another weight in the way of this one, from its stored rows one after another.
+
+    Attributes:
+        error: what rounding took; known in the end. weight: what was packed. Squares of norms.
+    """
+
+    def __init__(self, entry: Packed) -> None:
+        self.entry, self.to = entry, str(entry.described.get("quant_type", "int8"))
+        self.pieces: list[QuantizedTensor] = []
+        self.error = self.weight = 0.0
+        # By blocks: the error that there is without double quantisation, and what follows from other scales.
+        self.sums: list[Tensor] = []
+
+    def add(self, w: Tensor) -> None:
+        """Further rows ``(rows, width)``; all but the last are a multiple of `Packed.together`."""
+        block = self.entry.described.get("blocksize", 64)
+        q = QuantizedTensor.of(w, self.to, block=block, double=False)
+        self.pieces.append(q)
+        now = q.dequantize(torch.float32)
+        rest = full(w) - now
+        self.weight += full(w).square().sum(dtype=torch.float64).item()
+        if "nested_absmax" not in self.entry.parts:
+            self.error += rest.square().sum(dtype=torch.float64).item()
+            return
+        now, rest = (F.pad(t.reshape(-1), (0, -t.numel() % block)).view(-1, block) for t in (now, rest))
+        self.sums.append(torch.stack([(one * other).sum(-1) for one, other in ((rest, rest), (rest, now), (now, now))]))
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors of the file by their keys."""
+        codes, absmax = (torch.cat([getattr(q, name) for q in self.pieces]) for name in ("codes", "absmax"))
+        self.pieces.clear()
+        nested: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        if self.sums:
+            scales = absmax
+            absmax, largest, offset = quantize_scales(scales)
+            nested = largest, offset, dynamic_levels(scales.device)
+            off = (1 - dequantize_scales(absmax, largest, offset, nested[2]) / scales).masked_fill_(scales == 0, 0)
+            rest, across, now = torch.cat(self.sums, -1)
+            self.error = (rest + 2 * off * across + off.square() * now).sum(dtype=torch.float64).item()
+        entry = self.entry
+        q = QuantizedTensor(
+            codes, absmax, *nested, self.to, entry.described.get("blocksize", 64), entry.stored.shape, False, entry.torch_dtype, None
+        )
+        return entry.as_parts(q)
 
 
 def _as_bytes_of(tensor: Tensor, entry: Entry) -> Tensor:

@@ -85,11 +85,16 @@ class FourierFTConfig(Spread):
     def derive(self, p: Adapter) -> None:
         p.fourierft_places.copy_(random_places(self.random_loc_seed, p.site.size("out") * p.site.size("in"), self.n_frequency))
 
+    def rows_apart(self, site: Site) -> bool:
+        return True
+
     def values(self, p: Adapter) -> tuple[Tensor]:
         return (p.fourierft_spectrum,)
 
     def spread(self, p: Adapter, *values: Tensor) -> Tensor:
         out, inp = p.site.size("out"), p.site.size("in")
+        if p.whole is not p.site and not p.site.batch:
+            return self._some_rows(p, *values)
         places, share, *_ = remembered(p.fourierft_places, half_plane, out, inp)
         (spectrum,) = values
         half = scattered(self.scaling * full(spectrum) * share.to(full(spectrum)), places, (out, inp // 2 + 1))
@@ -98,6 +103,17 @@ class FourierFTConfig(Spread):
         upper = torch.fft.irfft(torch.fft.ihfft(half, dim=-2), inp)
         lower = upper[..., 1 : out - out // 2, :].flip(-2, -1).roll(1, -1)
         return torch.cat((upper, lower), -2)
+
+    def _some_rows(self, p: Adapter, spectrum: Tensor) -> Tensor:
+        """The same for a part of the rows: along the columns, the few frequencies are added up one by one."""
+        out, inp, half = p.whole.size("out"), p.site.size("in"), p.site.size("in") // 2 + 1
+        places, share, *_ = half_plane(p.fourierft_places, out, inp)
+        spectrum = full(spectrum)
+        rows = torch.arange(p.first_row, p.first_row + p.site.size("out"), device=places.device)
+        # Whole turns are left out before numbers are rounded.
+        turns = (rows.unsqueeze(-1) * (places // half) % out).to(spectrum.dtype) * (2 * torch.pi / out)
+        waves = torch.polar((self.scaling / out * spectrum * share.to(spectrum)).expand_as(turns), turns)
+        return torch.fft.irfft(waves.new_zeros(len(rows), half).index_add_(1, places % half, waves), inp)
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
         """The transform of ``g' x`` is the product of the transforms of g and x."""

@@ -43,6 +43,9 @@ class FullConfig(Additive):
             declared["diff_b"] = Param(("channel",))
         return declared
 
+    def rows_apart(self, site: Site) -> bool:
+        return True
+
     def delta(self, p: Adapter) -> Tensor:
         return p.diff
 

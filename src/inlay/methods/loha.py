@@ -56,7 +56,8 @@ class LoHaConfig(Lycoris, LowRank):
         for k in ("1", "2"):
             if with_core:
                 declared[f"hada_t{k}"] = tensor_of(site, r, r, *frame.kernel, init=start["t"], core=True)
-            declared[f"hada_w{k}_a"] = tensor_of(site, *((r, frame.rows) if with_core else (frame.rows, r)), init=start[f"w{k}_a"])
+            rows = frame.rows if frame.kernel else "out"
+            declared[f"hada_w{k}_a"] = tensor_of(site, *((r, rows) if with_core else (rows, r)), init=start[f"w{k}_a"])
             declared[f"hada_w{k}_b"] = tensor_of(site, r, frame.columns if with_core else frame.width, init=start[f"w{k}_b"])
         return declared | self.scalar()
 
@@ -73,6 +74,9 @@ class LoHaConfig(Lycoris, LowRank):
         if kept is None:
             return a
         return a * (kept if self.decomposes(Frame.of(p.site)) else kept.unsqueeze(-1))
+
+    def rows_apart(self, site: Site) -> bool:
+        return True
 
     def delta(self, p: Adapter) -> Tensor:
         return self._delta(p, self._first(p))

@@ -137,11 +137,21 @@ class LoKrConfig(Lycoris):
             return tucker(p.lokr_t2, p.lokr_w2_a, p.lokr_w2_b).flatten(1)
         return p.lokr_w2_a @ p.lokr_w2_b
 
+    def rows_apart(self, site: Site) -> bool:
+        return True
+
     def delta(self, p: Adapter) -> Tensor:
         return self._delta(p)
 
     def _delta(self, p: Adapter, kept: Tensor | None = None) -> Tensor:
-        product = kronecker(full(self._w1(p)), full(self._w2(p)))
+        w1, w2 = full(self._w1(p)), full(self._w2(p))
+        if p.whole is p.site or p.site.batch:
+            product = kronecker(w1, w2)
+        else:
+            # Only the rows of w1 that some of the rows are made of.
+            height, start, stop = w2.shape[-2], p.first_row, p.first_row + p.site.size("out")
+            first = start // height
+            product = kronecker(w1[first : -(-stop // height)], w2)[start - first * height : stop - first * height]
         return self.scaling * as_matrix(p.site, product if kept is None else product * kept.unsqueeze(-1))
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:

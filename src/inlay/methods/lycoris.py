@@ -54,9 +54,9 @@ def as_matrix(site: Site, framed: Tensor) -> Tensor:
     return site.matrix(framed.reshape(site.raw_shape)) if site.kernel else framed
 
 
-def tensor_of(site: Site, *axes: int, init: Init, core: bool = False) -> Param:
+def tensor_of(site: Site, *axes: str | int, init: Init, core: bool = False) -> Param:
     """A parameter for a `Frame`. HF writes the core tensor of a one-dimensional kernel with an axis of one behind it."""
-    file_shape = (*axes, 1) if core and len(axes) == 3 else None
+    file_shape = (*map(site.size, axes), 1) if core and len(axes) == 3 else None
     return Param(axes, init, file_shape=file_shape, batched=not site.kernel)
 
 

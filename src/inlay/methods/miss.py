@@ -111,6 +111,10 @@ class MissConfig(Additive):
             return block
         return block.repeat(*(1 for _ in p.site.batch), p.site.size("out") // self.mini_r, 1)
 
+    def rows_apart(self, site: Site) -> bool:
+        # The rows of a small block are repeated.
+        return self.init_weights != "mini" or bool(site.batch)
+
     def delta(self, p: Adapter) -> Tensor:
         return side_by_side(self.block(p), p.site.size("in"))
 
@@ -141,6 +145,10 @@ class Bat(MissConfig):
                 f"init_weights='bat' multiplies each block of {self.r} rows by a matrix of their own, and smaller blocks in it have several"
             )
         return Method.padded(self, p, small)
+
+    def rows_apart(self, site: Site) -> bool:
+        # It multiplies blocks of rows, which a stack has in matrices of their own.
+        return bool(site.batch)
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self._multiplied(w, getattr(p, f"{self.prefix}block"), p.strength), b

@@ -100,8 +100,16 @@ class ShiraConfig(Spread):
     def values(self, p: Adapter) -> tuple[Tensor]:
         return (p.shira_weight,)
 
+    def rows_apart(self, site: Site) -> bool:
+        return True
+
     def spread(self, p: Adapter, *values: Tensor) -> Tensor:
         inp = p.site.size("in")
+        if p.whole is not p.site and not p.site.batch:
+            row, column = p.shira_indices.long()
+            here = (row >= p.first_row) & (row < p.first_row + p.site.size("out"))
+            flat = (row[here] - p.first_row) * inp + column[here]
+            return scattered(values[0][here], flat, (p.site.size("out"), inp))
         return scattered(values[0], _flat(p.shira_indices, inp), (p.site.size("out"), inp))
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter
-from ...core.method import Additive, LowRank, full
+from ...core.method import Additive, LowRank, biased, full
+from ...core.method import folded as fold_at_strength
+from ...core.part import part
 from ...core.place import Place
 from ...core.retrained import Retrained
 from ...core.site import Embedding, Linear, Site, Stack, TransposedLinear
+from ...formats.packed import Packed
+from ...formats.streaming import Entry
 from ..combine import combined
 from ..updates import effects
 from .plan import Combining, Plan, Unit
@@ -98,8 +102,8 @@ def one_change(plan: Plan, unit: Unit, by: Combining) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if name not in plan.following}
 
 
-def rowwise(plan: Plan, unit: Unit) -> Site | None:
-    """The weight of a unit that low-rank updates are added to and nothing else, so that it can be done in slices."""
+def apart(plan: Plan, unit: Unit) -> Place | None:
+    """The place of a unit that changes one weight whose rows can be folded apart, so that it can be done in pieces."""
     if plan.combining is not None:
         return None
     acting = [p for p in unit.places if not isinstance(p, Place) or f"{p.path}.{p.site.name}" not in plan.following]
@@ -112,11 +116,18 @@ def rowwise(plan: Plan, unit: Unit) -> Site | None:
     if name is None or name in base.values or name not in base.group_of or any(g.converter is not None for g in unit.groups):
         return None
     stored = plan.checkpoint.tensors[base.group_of[name].keys[0]]
-    if plan.keeps(stored) or not stored.sliceable:
+    if plan.keeps(stored) and not in_rows(site, stored):
         return None
     if sum(n in base.group_of for n in base.aliases.get(name, ())) > 1:
         return None
-    return site if all(_only_adds(p) for p in place.adapters.values()) else None
+    return place if all(_only_adds(p) or p.method.rows_apart(site) for p in place.adapters.values()) else None
+
+
+def in_rows(site: Site, stored: Entry) -> bool:
+    """Whether the rows of the matrix lie one behind another in the file (of a stack: its matrices)."""
+    if isinstance(stored, Packed):
+        return len(stored.shape) == 2 and stored.transposed == isinstance(site, TransposedLinear)
+    return not isinstance(site, TransposedLinear)
 
 
 def _named(plan: Plan, place: Place, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
@@ -130,18 +141,27 @@ def _named(plan: Plan, place: Place, w: Tensor, b: Tensor | None) -> dict[str, T
     group = plan.base.group_of.get(name)
     rounded_later = group is not None and group.converter is None and plan.keeps(plan.checkpoint.tensors[group.keys[0]])
     found = {name: site.raw(w) if rounded_later else site.raw(w).to(site.dtype)}
-    own = site.bias()
-    if b is not None and own is not None:
-        found[f"{prefix}{site.bias_name}"] = b.to(own.dtype)
-    elif b is not None and b.any():
+    return found if b is None else found | bias_of(place, b)
+
+
+def bias_of(place: Place, b: Tensor) -> dict[str, Tensor]:
+    """The bias of a place as the model keeps it, under its name.
+
+    Raises:
+        ValueError: the base has no place for it.
+    """
+    own = place.site.bias()
+    if own is not None:
+        return {(f"{place.path}." if place.path else "") + str(place.site.bias_name): b.to(own.dtype)}
+    if b.any():
         raise ValueError(
             f"An adapter gives {place.path!r} a bias, and the layers of this architecture have none: a merged file could not hold it. "
             "Keep base and adapter apart, or train without biases."
         )
-    return found
+    return {}
 
 
-# ---- low-rank updates in slices ----------------------------------------------------------------------------------------------
+# ---- rows apart --------------------------------------------------------------------------------------------------------------
 def _only_adds(p: Adapter) -> bool:
     """Whether an adapter's fold is ``w + s B A`` and leaves the bias alone."""
     method = p.method
@@ -151,30 +171,33 @@ def _only_adds(p: Adapter) -> bool:
     return own.plus_delta is LowRank.plus_delta and p.trained_bias is None and method.delta_bias(p) is None
 
 
-class Factors:
-    """The factors of one adapter, and what they add to slices."""
+class Added:
+    """What an adapter adds to rows; its factors are made once."""
 
     def __init__(self, p: Adapter) -> None:
         method: Any = p.method
         self.a, self.b = map(full, method.factors(p))
         self.scaling, self.strength = method.scaling, p.strength
 
-    def add_to(self, w: Tensor, site: Site, rows: slice) -> None:
-        """Add to the matrix of these rows of the host's tensor."""
-        a, b = self.a, self.b
-        if site.batch:
-            w.add_((b[rows] @ a[rows]).mul_(self.scaling), alpha=self.strength)
-            return
-        if isinstance(site, TransposedLinear):
-            a = a[:, rows]
+    def fold(self, w: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+        if w.ndim > 2:
+            w.add_((self.b[rows] @ self.a[rows]).mul_(self.scaling), alpha=self.strength)
         else:
-            b = b[rows]
-        w.addmm_(b, a, alpha=self.scaling * self.strength)
+            w.addmm_(self.b[rows], self.a, alpha=self.scaling * self.strength)
+        return w, b
 
 
-def added(site: Site, raw: Tensor, rows: slice, factors: Sequence[Factors]) -> Tensor:
-    """Rows of the host's tensor with the updates in them, in full precision. What was read is no longer needed."""
-    w = full(site.matrix(raw))
-    for f in factors:
-        f.add_to(w, site, rows)
-    return site.matrix(w)
+class Rowwise:
+    """What an adapter makes of rows."""
+
+    def __init__(self, p: Adapter) -> None:
+        self.p = p
+
+    def fold(self, w: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+        p = part(self.p, rows)
+        return fold_at_strength(p, w, biased(p, b))
+
+
+def in_pieces(plan: Plan, place: Place) -> list[Added | Rowwise]:
+    """What the adapters of a place make of some rows, one after another. They may write to what they are given."""
+    return [Added(p) if _only_adds(p) else Rowwise(p) for p in (place.adapters[n] for n in place.here(plan.order))]

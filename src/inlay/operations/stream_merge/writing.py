@@ -11,9 +11,9 @@ from torch import Tensor
 from ...core.method import full
 from ...core.place import Place
 from ...formats import streaming
-from ...formats.packed import Packed
-from ...formats.streaming import Entry, Writing
-from .folding import Factors, added, filled, folded, rowwise
+from ...formats.packed import Packed, Packing
+from ...formats.streaming import Writing
+from .folding import apart, bias_of, filled, folded, in_pieces, in_rows
 from .journal import Journal
 from .plan import Plan, Rounding, Unit
 
@@ -75,7 +75,7 @@ class Writer:
         plan = self.plan
         first, last, shard = plan.sources[keys[0]], plan.sources[keys[-1]], plan.shards[plan.where[keys[0]]]
         if plan.casts(keys[0]):
-            for rows in slices(first) if first.shape else (None,):
+            for rows in slices(first.shape) if first.sliceable else (None,):
                 self._put(first.key, plan.files.read(first, rows).to(plan.dtype(first.torch_dtype)), rows)
             return
         nbytes, source = last.start + last.nbytes - first.start, plan.files.descriptor(first.file)
@@ -100,32 +100,23 @@ class Writer:
     def _merge(self, unit: Unit, wanted: set[str]) -> None:
         plan, base = self.plan, self.plan.base
 
-        def put(key: str, tensor: Tensor, rows: slice | None = None) -> None:
+        def put(key: str, tensor: Tensor) -> None:
             entry = plan.checkpoint.tensors.get(key)
-            kept = isinstance(entry, Packed) and plan.keeps(entry)
-            tensor = tensor if kept else tensor.to(plan.dtype(tensor.dtype))
-            if not is_finite(tensor):
-                raise ValueError(f"Merging gives values of {key!r} that are not finite; an adapter seems broken, or its weight too large.")
-            if not kept:
-                if key in wanted:
-                    self._put(key, tensor, rows)
-                return
-            assert isinstance(entry, Packed)
-            for part, codes in self._packed(entry, tensor).items():
-                if part in wanted:
-                    self._put(part, codes)
+            if isinstance(entry, Packed) and plan.keeps(entry):
+                check_finite(key, tensor)
+                packing, own = Packing(entry), tensor.mT if entry.transposed else tensor
+                before = plan.files.read(entry)
+                change = 0.0
+                for rows in slices(entry.stored.shape, entry.together):
+                    packing.add(own[rows])
+                    change += squares(own[rows] - full((before.mT if entry.transposed else before)[rows]))
+                self._put_packed(packing, change, wanted)
+            elif key in wanted:
+                self._put_merged(key, tensor)
 
         with base.holding() as held, filled(plan, unit):
-            if (site := rowwise(plan, unit)) is not None:
-                place: Any = next(p for p in unit.places if isinstance(p, Place) and p.site is site)
-                group = base.group_of[base.names[id(site.module._parameters[site.name])]]
-                for other in unit.groups:
-                    if other is not group and other.keys[0] in wanted:
-                        self._copy(other.keys)
-                entry = plan.checkpoint.tensors[group.keys[0]]
-                factors = [Factors(place.adapters[n]) for n in place.here(plan.order)]
-                for rows in slices(entry):
-                    put(entry.key, added(site, plan.files.read(entry, rows), rows, factors).to(entry.torch_dtype), rows)
+            if (place := apart(plan, unit)) is not None:
+                self._merge_in_pieces(unit, place, wanted)
                 return
             found = folded(plan, unit)
             for name in unit.new:
@@ -140,28 +131,86 @@ class Writer:
                 for key, tensor in group.revert(tensors, base.model, base.key_of(group)).items():
                     put(key, tensor)
 
-    def _packed(self, entry: Packed, w: Tensor) -> dict[str, Tensor]:
-        """A merged weight as its file keeps it; what rounding takes is noted."""
-        found, q = entry.pack(w)
-        error, weight, change = torch.zeros(3, dtype=torch.float64)
-        own = w.mT if entry.transposed else w
-        whole = self.plan.files.read(entry).mT if entry.transposed else None
-        for start, stop, now in q.pieces(torch.float32):
-            wanted = full(own[start:stop])
-            before = self.plan.files.read(entry, slice(start, stop)) if whole is None else whole[start:stop]
-            error += (now - wanted).square().sum()
-            weight += wanted.square().sum()
-            change += (wanted - full(before)).square().sum()
-        self.plan.rounding[entry.key] = Rounding(error.item(), weight.item(), change.item())
-        return found
+    def _merge_in_pieces(self, unit: Unit, place: Place, wanted: set[str]) -> None:
+        """Of a weight whose rows are folded apart no more is in memory in full precision than some of them."""
+        plan, site, base = self.plan, place.site, self.plan.base
+        group = base.group_of[base.names[id(site.module._parameters[site.name])]]
+        entry: Any = plan.checkpoint.tensors[group.keys[0]]
+        key, adapters, bias = entry.key, in_pieces(plan, place), site.bias()
+        packing = Packing(entry) if plan.keeps(entry) else None
+        # Rows that do not lie one behind another are read with all others, and changed in place.
+        own = None if in_rows(site, entry) else plan.files.read(entry)
+        stored = entry.stored if isinstance(entry, Packed) and own is None else entry
+        shape, biases, change = site.shape, [], 0.0
+        for rows in slices(shape, entry.together if isinstance(entry, Packed) else 1):
+            if own is not None:
+                before = site.matrix(own)[rows]
+            else:
+                before = plan.files.read(stored, rows)
+                before = before if stored is not entry else site.matrix(before)
+            w, b = full(before), None if bias is None else full(bias[rows])
+            if packing is not None and w is before:
+                w = w.clone()
+            for adapter in adapters:
+                w, b = adapter.fold(w, b, rows)
+            if b is not None:
+                biases.append(b)
+            if packing is not None:
+                check_finite(key, w)
+                packing.add(w)
+                change += squares(w - full(before))
+            elif own is not None:
+                before.copy_(w)
+            elif key in wanted:
+                self._put_merged(key, site.raw(w.to(entry.torch_dtype)), rows)
+        if packing is not None:
+            self._put_packed(packing, change, wanted)
+        elif own is not None and key in wanted:
+            self._put_merged(key, own)
+        found = bias_of(place, torch.cat(biases)) if biases else {}
+        for other in unit.groups:
+            if other is not group and other.keys[0] in wanted:
+                if other.first in found:
+                    self._put_merged(other.keys[0], found[other.first])
+                else:
+                    self._copy(other.keys)
+
+    def _put_merged(self, key: str, tensor: Tensor, rows: slice | None = None) -> None:
+        tensor = tensor.to(self.plan.dtype(tensor.dtype))
+        check_finite(key, tensor)
+        self._put(key, tensor, rows)
+
+    def _put_packed(self, packing: Packing, change: float, wanted: set[str]) -> None:
+        """A merged weight as its file keeps it; what rounding took is noted."""
+        for part, codes in packing.parts().items():
+            if part in wanted:
+                self._put(part, codes)
+        self.plan.rounding[packing.entry.key] = Rounding(packing.error, packing.weight, change)
 
 
-def slices(entry: Entry) -> Iterator[slice]:
-    """Rows of a tensor (slices of its first axis) that hold about as many numbers as are worth computing at once."""
-    width = max(1, torch.Size(entry.shape[1:]).numel())
-    step = max(1, streaming.AT_ONCE // 4 // width) if entry.sliceable else max(1, entry.shape[0])
-    for start in range(0, max(1, entry.shape[0]), step):
-        yield slice(start, min(entry.shape[0], start + step))
+def squares(tensor: Tensor) -> float:
+    return tensor.square().sum(dtype=torch.float64).item()
+
+
+def check_finite(key: str, tensor: Tensor) -> None:
+    """
+    Raises:
+        ValueError: an adapter has made something else of a weight.
+    """
+    if not is_finite(tensor):
+        raise ValueError(f"Merging gives values of {key!r} that are not finite; an adapter seems broken, or its weight too large.")
+
+
+def slices(shape: Sequence[int], together: int = 1) -> Iterator[slice]:
+    """Slices of the first axis that hold about as many numbers as are worth computing at once.
+
+    Args:
+        together: how many must not be parted.
+    """
+    width = max(1, torch.Size(shape[1:]).numel())
+    step = max(1, streaming.AT_ONCE // 4 // width // together) * together
+    for start in range(0, max(1, shape[0]), step):
+        yield slice(start, min(shape[0], start + step))
 
 
 def is_finite(tensor: Tensor) -> bool:
