@@ -25,6 +25,7 @@ from inlay.initializers.compensation import best_factors
 from inlay.initializers.corda import components
 from inlay.initializers.directions import StreamedDirections
 from inlay.initializers.eva import get_eva_state_dict, initialize_lora_eva_weights
+from inlay.initializers.loraga import leading
 from inlay.initializers.mica import minor_directions
 from inlay.initializers.offset import AT_ONCE, Starts, alive
 from inlay.initializers.olora import olora
@@ -222,6 +223,21 @@ def started_by_gradient(model: nn.Module, config: Any, x: Tensor) -> list[Adapte
     attach(model, config, "a")
     assert not any("loraga" in key for key in vars(model.host))
     return list(adapters(model))
+
+
+def test_leading_directions_of_a_gradient() -> None:
+    """Of many directions they are found by iteration, in a stack as alone; of few exactly."""
+    u, v = (torch.linalg.qr(drawn(3, n, 40, seed=n)).Q for n in (64, 48))
+    gradients = (u * 0.8 ** torch.arange(40) @ v.mT).float()
+    for k, tolerance in ((4, 1e-4), (24, 1e-6)):
+        found_u, s, found_v = leading(gradients, k)
+        best_u, best_s, best_vh = torch.linalg.svd(gradients, full_matrices=False)
+        close(s.float(), best_s[..., :k], tolerance)
+        best = best_u[..., :k] * best_s[..., None, :k] @ best_vh[..., :k, :]
+        close((found_u * s.unsqueeze(-2) @ found_v.mT).float(), best, 10 * tolerance)
+        for i, one in enumerate(gradients):
+            one_u, one_s, one_v = leading(one, k)
+            close(one_u * one_s @ one_v.mT, found_u[i] * s[i] @ found_v[i].mT, 1e-5)
 
 
 def test_corda_adapts_the_components_that_matter_on_the_inputs() -> None:

@@ -21,7 +21,7 @@ from ..core.method import full, generator_for
 from .calibration import store, stored, targets
 from .offset import unknown_start
 from .started import no_factors
-from .svd import singular_vectors
+from .svd import approximate_singular_vectors, singular_vectors
 
 if TYPE_CHECKING:
     from ..core.site import Site
@@ -178,7 +178,7 @@ def loraga_start(sites: Sequence[Site], method: Offset, paths: Sequence[str]) ->
         raise ValueError(
             f"LoRA-GA takes 2 r = {2 * r} directions, and the gradient of {paths[0]!r} has {min(site.shape[-2:])}: choose a smaller r."
         )
-    u, s, v = singular_vectors(gradients, 2 * r)
+    u, s, v = leading(gradients, 2 * r)
     in_a, in_b = _chosen(options.direction, r)
     a, b = v.mT[..., in_a, :], u[..., in_b] * s[..., in_b].unsqueeze(-2)
     if options.scale == "stable":
@@ -190,6 +190,14 @@ def loraga_start(sites: Sequence[Site], method: Offset, paths: Sequence[str]) ->
     elif options.scale == "gd_scale":
         a, b = a / method.scaling, b / method.scaling
     return a, b
+
+
+def leading(gradients: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``k`` leading singular values and vectors of a few batches' gradients. These are estimates themselves, so where there are many
+    more directions than are looked for, so are their vectors."""
+    if 2 * k >= min(gradients.shape[-2:]):
+        return singular_vectors(gradients, k)
+    return approximate_singular_vectors(gradients, k, iterations=4, oversampling=k)
 
 
 def _chosen(direction: str, r: int) -> tuple[Tensor, Tensor]:
