@@ -1,26 +1,37 @@
 """Starting LoRA from the weight or from data, and training it from there: HF peft and Inlay.
 
 The model is a stack of square linear layers with weights whose singular values fall as those of trained ones do, and inputs with a
-few strong directions.
+few strong directions. HF peft's LoftQ is written for an accelerator; what it moves there stays on the CPU here.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import torch
 from _harness import arguments, interleave, ratio, report, torch_arguments
+from bitsandbytes.nn.modules import Params4bit
 from torch import Tensor, nn
 
 import inlay
 
 LIBRARIES = {"HF": peft, "Inlay": inlay}
-STARTS = ("pissa", "pissa_niter_16", "olora", "mica", "eva")
+STARTS = ("pissa", "pissa_niter_16", "olora", "mica", "loftq", "eva", "corda", "lora_ga")
+# HF peft's CorDA takes its `dataclass` from a package that it does not require.
+sys.modules.setdefault("attr", dataclasses)
+# What HF peft does not have at its top.
+corda = {peft: import_module("peft.tuners.lora.corda"), inlay: inlay}
+loraga = {peft: import_module("peft.tuners.lora.loraga"), inlay: inlay}
 
 
 class Stack(nn.Module):
@@ -48,17 +59,54 @@ def falling(width: int, seed: int) -> Tensor:
 
 
 def config(library: Any, start: str | bool, r: int) -> Any:
-    extra = {"eva_config": library.EvaConfig()} if start == "eva" else {}
+    options: dict[str | bool, dict[str, Any]] = {
+        "eva": {"eva_config": library.EvaConfig()},
+        "corda": {"corda_config": (import_module("peft.tuners.lora.config") if library is peft else inlay).CordaConfig()},
+        "lora_ga": {"lora_ga_config": library.LoraGAConfig()},
+        "loftq": {"loftq_config": library.LoftQConfig(loftq_bits=4)},
+    }
+    extra = options.get(start, {})
     return library.LoraConfig(r=r, lora_alpha=r, init_lora_weights=start, target_modules=r"layers\.\d+", **extra)
 
 
 def started(library: Any, model: nn.Module, start: str, r: int, data: list[dict[str, Tensor]]) -> nn.Module:
-    adapted = library.get_peft_model(model, config(library, start, r))
+    chosen = config(library, start, r)
+
+    def read() -> None:
+        for batch in data:
+            model(**batch)
+
+    def learn() -> None:
+        for batch in data:
+            model(**batch).square().mean().backward()
+
+    if start == "corda":
+        corda[library].preprocess_corda(model, chosen, read)
+    if start == "lora_ga":
+        loraga[library].preprocess_loraga(model, chosen, learn)
+    with on_cpu():
+        adapted = library.get_peft_model(model, chosen)
     if start == "eva":
         library.initialize_lora_eva_weights(
             adapted, data, prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False
         )
     return adapted
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """What is sent to an accelerator by name stays."""
+
+    def staying(move: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            here = {k: "cpu" if v == "cuda" else v for k, v in kwargs.items()}
+            return move(self, *("cpu" if isinstance(a, str) and a == "cuda" else a for a in args), **here)
+
+        return to
+
+    quantised: Any = Params4bit
+    with patch.object(Tensor, "to", staying(Tensor.to)), patch.object(quantised, "to", staying(quantised.to)):
+        yield
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
