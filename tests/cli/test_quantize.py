@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import inlay
@@ -72,6 +73,28 @@ def test_the_folder_holds_what_quantising_in_memory_gives(
         assert (found_logits - y).norm() < 0.02 * y.norm()
     else:
         torch.testing.assert_close(found_logits, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["in-the-config", "in-the-files"])
+@pytest.mark.parametrize("to", ["nf4", "int4"])
+def test_what_is_not_quantised_keeps_its_dtype(
+    to: str, said: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(base)
+    load_tokenizer("bundled").save_pretrained(base)
+    if not said:
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"}))
+    stored = load_file(base / "model.safetensors")
+    assert run(["quantize", str(base), "--to", to, "--out", str(tmp_path / "q"), "--json"]) == 0
+    assert run(["quantize", str(base), "--to", to, "--out", str(tmp_path / "wide"), "--dtype", "float32", "--json"]) == 0
+    written, wide = (load_file(tmp_path / name / "model.safetensors") for name in ("q", "wide"))
+    left = [name for name in stored if written[name].is_floating_point()]
+    assert len(left) == 5
+    assert all(written[name].dtype == torch.bfloat16 and torch.equal(written[name], stored[name]) for name in left)
+    assert all(wide[name].dtype == torch.float32 for name in left)
+    assert json.loads((tmp_path / "q" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_what_is_skipped_stays(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .output import Json, console, counting, emit, hush, table
-from .tuned import Dtype
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +29,9 @@ def quantize(
     skip: Annotated[list[str] | None, typer.Option("--skip", help="Modules that stay as they are, by the end of their names.")] = None,
     double: Annotated[bool, typer.Option(help="Quantise the scales of the blocks, too.")] = True,
     block: Annotated[int, typer.Option(help="Numbers that share a scale.")] = 64,
-    dtype: Dtype = "auto",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of all that is not quantised: auto (as in the model's files), float32 or bfloat16.")
+    ] = "auto",
     report_init: Annotated[
         bool, typer.Option("--report-init", help="Show the errors that are left after each start of LoRA: plain, LoftQ, CLoQ.")
     ] = False,
@@ -62,7 +63,7 @@ def quantize(
     screen = console(to_stderr=as_json)
     tokenizer = load_tokenizer(model)
     batches = _batches(calibration, tokenizer, model) if calibration is not None else None
-    loaded = load_model(model, dtype, "cpu", quantization=to, skip=skip, double=double, block=block)
+    loaded = load_model(model, dtype, "cpu", quantization=to, as_stored=True, skip=skip, double=double, block=block)
     parameters = dict(loaded.named_parameters())
     quantised = [q for q in parameters.values() if isinstance(q, QuantizedTensor)]
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -91,6 +91,7 @@ def load_model(
     trust_remote_code: bool = False,
     place: bool = True,
     quantization: str = "none",
+    as_stored: bool = False,
     **quantizing: Any,
 ) -> Any:
     """A causal language model in eval mode.
@@ -98,13 +99,14 @@ def load_model(
     Args:
         place: move it to the device now; a trainer that places models itself says False.
         quantization: the format of its linear layers (see `inlay.quantize_`), or ``"none"``.
+        as_stored: ``auto`` is the dtype that the model's config or files have, and not one to compute in here.
         quantizing: further options of `inlay.from_pretrained_quantized`.
 
     Raises:
         InputError: missing, not a causal language model, or unreadable.
     """
     where = choose_device(device)
-    torch_dtype = choose_dtype(dtype, where)
+    torch_dtype = dtype if as_stored and dtype == "auto" else choose_dtype(dtype, where)
     from transformers import AutoModelForCausalLM
 
     source = locate(model)
