@@ -155,6 +155,13 @@ def dequantize_module(module: nn.Module, made: dict[int, nn.Parameter] | None = 
             if id(q) not in made:
                 made[id(q)] = nn.Parameter(q.detach().dequantize().contiguous(), requires_grad=False)
             module._parameters[name] = made[id(q)]
+    hush_module(module)
+
+
+def hush_module(module: nn.Module) -> None:
+    """Have a module whose weights are all dense write and read them as any module does."""
+    if _own(module):
+        return
     for table, hook in ((module._state_dict_hooks, _write), (module._load_state_dict_pre_hooks, _read)):
         for key in [k for k, h in table.items() if getattr(h, "hook", h) is hook]:
             del table[key]

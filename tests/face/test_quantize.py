@@ -231,6 +231,73 @@ def test_adapters_come_and_go_and_merge() -> None:
     assert all(torch.equal(t, before[n]) for n, t in bare.state_dict().items())
 
 
+EXPERTS = [f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")]
+
+
+@pytest.mark.parametrize("base", ["dequantized", "original"])
+@pytest.mark.parametrize("parameters", [[], EXPERTS[1::2], EXPERTS], ids=["none-adapted", "one-of-two", "all"])
+def test_merging_out_leaves_no_stack_quantised(parameters: list[str], base: str, tmp_path: Path) -> None:
+    """Stacks of experts become dense with the rest, be there an adapter on them, on another stack of the same module, or on neither."""
+    mixtral().save_pretrained(tmp_path)
+    config = inlay.LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=parameters or None, init_lora_weights=False, seed=1, lora_alpha=8
+    )
+    quantised = inlay.from_pretrained_quantized(tmp_path, "nf4", dtype=torch.float32)
+    dense = mixtral() if base == "original" else inlay.dequantize_(copy.deepcopy(quantised))
+    expected: Any = inlay.get_peft_model(dense, config)
+    y = logits(expected.eval())
+    assert not torch.allclose(y, logits(mixtral()), atol=1e-2)
+    for out_dtype in (None, torch.bfloat16):
+        model: Any = inlay.get_peft_model(copy.deepcopy(quantised), config).eval()
+        merged = model.merge_and_unload(base=base, out_dtype=out_dtype, **({"original": str(tmp_path)} if base == "original" else {}))
+        assert not any(isinstance(q, QuantizedTensor) for q in merged.parameters())
+        assert {q.dtype for q in merged.parameters()} == {out_dtype or torch.float32}
+        if out_dtype is None:
+            torch.testing.assert_close(logits(merged), y, rtol=1e-4, atol=1e-4)
+            for name, q in expected.merge_and_unload().named_parameters():
+                torch.testing.assert_close(merged.get_parameter(name), q, rtol=1e-4, atol=1e-5)
+            expected = inlay.get_peft_model(mixtral(), config)
+        merged.save_pretrained(tmp_path / str(out_dtype))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / str(out_dtype))
+        assert torch.equal(logits(again), logits(merged))
+
+
+@pytest.mark.parametrize("options", [{"lora_bias": True}, {"bias": "all"}, {"lora_bias": True, "lora_alpha": 16}], ids=str)
+@pytest.mark.parametrize("to", ["nf4", "int8"])
+def test_biases_are_merged_in_full(to: str, options: dict[str, Any]) -> None:
+    """Of layers whose weight is quantised, with a bias of LoRA's factor B, or with their own retrained."""
+    quantised = inlay.quantize_(gpt2(), to)
+    config = inlay.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], init_lora_weights=False, seed=1, fan_in_fan_out=True, **options)
+
+    def adapted(base: Any) -> Any:
+        model: Any = inlay.get_peft_model(copy.deepcopy(base), config)
+        generator = torch.Generator().manual_seed(3)
+        for name, q in model.named_parameters():
+            if q.requires_grad:
+                q.data += 0.2 * torch.randn(q.shape, generator=generator) * ("bias" in name)
+        return model.eval()
+
+    model, before = adapted(quantised), {n: t.clone() for n, t in quantised.state_dict().items()}
+    y = logits(model)
+    dense = adapted(inlay.dequantize_(copy.deepcopy(quantised)))
+    torch.testing.assert_close(logits(dense), y, rtol=1e-4, atol=1e-4)
+    expected = dict(dense.merge_and_unload().named_parameters())
+    if "lora_bias" in options:
+        b = model.get_base_model().get_parameter("transformer.h.1.mlp.c_proj.adapters.default.lora_B_bias")
+        by_hand = before["transformer.h.1.mlp.c_proj.bias"] + options.get("lora_alpha", 8) / 2 * b
+        torch.testing.assert_close(expected["transformer.h.1.mlp.c_proj.bias"], by_hand)
+    for name, q in model.merge_and_unload(base="dequantized").named_parameters():
+        torch.testing.assert_close(q, expected[name], rtol=1e-4, atol=1e-5)
+    model = adapted(quantised)
+    model.merge_adapter()
+    for name, q in model.get_base_model().named_parameters():
+        if name.endswith("bias") and "adapters" not in name:
+            torch.testing.assert_close(q, expected[name], rtol=1e-5, atol=1e-6)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), y)
+    assert all(torch.equal(t, before[n]) for n, t in model.unload().state_dict().items())
+
+
 def test_compiled_with_an_adapter() -> None:
     model: Any = inlay.get_peft_model(inlay.quantize_(llama()), inlay.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     y = logits(model)

@@ -101,10 +101,11 @@ class Store:
         """Whether the host, given an input in its own dtype, multiplies by exactly the weight that `read` gives."""
         return False
 
-    def plain(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """A dense module of this weight and bias that takes the host's place.
+    def plain(self, module: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A dense module of this weight and bias that takes the host's place; the host itself where only its parameter changes.
 
         Args:
+            name: of the weight in the host.
             weight: of the raw shape.
         """
         made: nn.Module

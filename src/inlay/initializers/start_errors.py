@@ -92,7 +92,7 @@ def start_errors(
     from ..operations.original import original_weights
 
     base = bare_model(model)
-    sites = {f"{path}.{site.name}": site for site, path, _ in quantised_sites(base) if _has_inputs(site)} | _stacks(base)
+    sites = {f"{path}.{site.name}": site for site, path, _ in quantised_sites(base) if _has_inputs(site)}
     if not sites:
         raise ValueError("No layer of the model is quantised, so there is nothing that a start could make up for.")
     read = original_weights(base, original)
@@ -122,17 +122,6 @@ def start_errors(
             if progress is not None:
                 progress(len(layers), len(sites))
     return StartErrors(rank, measured_on, layers)
-
-
-def _stacks(base: nn.Module) -> dict[str, Site]:
-    from ..core.targets import base_modules
-
-    return {
-        f"{path}.{name}": site
-        for path, module in base_modules(base)
-        for name, q in module._parameters.items()
-        if q is not None and q.ndim == 3 and not (site := Stack(module, name)).store.dense
-    }
 
 
 def _has_inputs(site: Site) -> bool:

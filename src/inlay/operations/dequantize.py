@@ -12,7 +12,7 @@ from ..core.inlaid import lift, places
 from ..core.place import Place
 from ..core.retrained import Retrained
 from ..core.session import Session
-from ..core.site import Site, site_of
+from ..core.site import Site, Stack, site_of
 from ..core.targets import base_modules
 from . import merge as merging
 
@@ -76,10 +76,12 @@ def quantised_sites(model: nn.Module) -> list[tuple[Site, str, Place | None]]:
     """The quantised weights of a model, those that are adapted and the others."""
     found: list[tuple[Site, str, Place | None]] = []
     for path, module in base_modules(model):
-        own = [p for p in vars(module).get("_inlay", {}).values() if isinstance(p, Place) and not p.site.store.dense]
-        found += [(p.site, path, p) for p in own]
-        if not own and "_inlay" not in vars(module) and (site := site_of(module)) is not None and not site.store.dense:
-            found.append((site, path, None))
+        adapted = vars(module).get("_inlay", {}).values()
+        placed = {p.site.name: p for p in adapted if isinstance(p, Place)}
+        found += [(p.site, path, p) for p in placed.values() if not p.site.store.dense]
+        site = site_of(module) if placed or not adapted else None
+        others = [Stack(module, n) for n, q in module._parameters.items() if q is not None and q.ndim == 3] if site is None else [site]
+        found += [(s, path, None) for s in others if s.name not in placed and not s.store.dense]
     return found
 
 
@@ -101,10 +103,13 @@ def _replace(modules: dict[str, nn.Module], site: Site, path: str, w: Tensor, b:
     dtype = out_dtype or site.dtype
     raw = site.raw(w).detach().to(dtype).contiguous()
     bias = None if b is None else b.detach().to(dtype)
-    if "_inlay" in vars(module):
+    if site.name in vars(module).get("_inlay", {}):
         lift(module, site.name)
-    made = site.store.plain(module, raw, bias)
-    if made is not module:
+    made = site.store.plain(module, site.name, raw, bias)
+    if made is module:
+        if bias is not None and site.bias_name is not None:
+            module._parameters[site.bias_name] = nn.Parameter(bias, requires_grad=False)
+    else:
         parent, _, child = path.rpartition(".")
         modules[parent]._modules[child] = made
         modules[path] = made

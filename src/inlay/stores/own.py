@@ -27,12 +27,9 @@ class Own(Store):
     def exact(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Linear.forward
 
-    def plain(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        from ..quantize import dequantize_module
+    def plain(self, module: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        from ..quantize import hush_module
 
-        for name, q in module._parameters.items():
-            if q is not None and q.shape == weight.shape and type(q).__name__ == "QuantizedTensor":
-                module._parameters[name] = nn.Parameter(weight, requires_grad=False)
-                break
-        dequantize_module(module)
+        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        hush_module(module)
         return module
