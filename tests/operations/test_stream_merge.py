@@ -429,6 +429,66 @@ def test_large_weights_go_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     both_ways(tmp_path, base, adapter(base, tmp_path / "a", LoraConfig(r=2, **options)))  # type: ignore[arg-type]
 
 
+PIECEWISE: dict[str, tuple[str, dict[str, Any]]] = {
+    "LORA": ("LORA", {}),
+    "DORA": ("LORA", {"use_dora": True}),
+    "LOHA": ("LOHA", {"r": 4}),
+    "LOKR": ("LOKR", {"r": 4}),
+    "OFT": ("OFT", {"oft_block_size": 4}),
+    "BOFT": ("BOFT", {"boft_block_size": 4}),
+    "HRA": ("HRA", {}),
+    "VERA": ("VERA", {"r": 8}),
+    "IA3": ("IA3", {"feedforward_modules": []}),
+    "FOURIERFT": ("FOURIERFT", {"n_frequency": 50}),
+}
+
+
+def one_ulp(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Products of some rows may round their last digit in another way than products of all."""
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=2**-7, atol=1e-7)
+        assert (tensor != expected[key]).float().mean() < 0.01, key
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_rows_in_pieces(name: str, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "AT_ONCE", 4 * 100)
+    base = saved(make(**({"attention_bias": True} if make is llama else {})), tmp_path / "base")
+    method, options = PIECEWISE[name]
+    targets = ["q_proj", "down_proj"] if make is llama else ["c_attn", "mlp.c_proj"]
+    folder = adapter(base, tmp_path / "a", METHODS[method](target_modules=targets, **options))  # type: ignore[call-arg]
+    out = StreamMerge(base, [folder]).run(tmp_path / "out")
+    one_ulp(tensors(out), tensors(in_memory(base, [folder], tmp_path / "reference")))
+
+
+@pytest.mark.parametrize(("to", "double"), [("nf4", True), ("nf4", False), ("int8", True)])
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("name", ["LORA", "LOHA", "HRA"])
+def test_quantised_rows_in_pieces(name: str, make: Any, to: str, double: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The codes, and what rounding lost, are those of the whole weight, but for last digits of the products."""
+    base = tmp_path / "base"
+    quantize_(load(saved(make(), tmp_path / "dense", torch.float32)), to, double=double).save_pretrained(base)
+    method, options = PIECEWISE[name]
+    targets = ["q_proj", "down_proj"] if make is llama else ["c_attn", "mlp.c_proj"]
+    folder = adapter(tmp_path / "dense", tmp_path / "a", METHODS[method](target_modules=targets, **options))  # type: ignore[call-arg]
+    whole = StreamMerge(base, [folder], base_dtype="requantized")
+    expected = tensors(whole.run(tmp_path / "whole"))
+    monkeypatch.setattr(streaming, "AT_ONCE", 4 * 100)
+    pieces = StreamMerge(base, [folder], base_dtype="requantized")
+    found = tensors(pieces.run(tmp_path / "out"))
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-8)
+        elif "quant_state" not in key:
+            assert (tensor != expected[key]).float().mean() < 0.01, key
+    for key, told in pieces.rounding.items():
+        other = whole.rounding[key]
+        assert (told.error, told.weight, told.change) == pytest.approx((other.error, other.weight, other.change), rel=1e-4)
+
+
 def test_headers_come_first_and_tensors_in_any_order(tmp_path: Path) -> None:
     given = {"a": torch.randn(3, 5), "b": torch.arange(7), "c": torch.randn(2, 2).bfloat16(), "none": torch.empty(0, 4)}
     names = {torch.float32: "F32", torch.int64: "I64", torch.bfloat16: "BF16"}
@@ -635,6 +695,57 @@ def test_peak_memory_is_that_of_a_slice(tmp_path: Path) -> None:
     largest = max(e.nbytes for e in Checkpoint.open(base).tensors.values())
     assert size > 200e6
     assert grown < min(3 * largest + 100e6, size / 1.5)
+
+
+MEASURE_ALL = (
+    MEASURE[: MEASURE.index("merge = ")]
+    + """
+plans = [StreamMerge(sys.argv[1], [folder], base_dtype=sys.argv[3] or None) for folder in sys.argv[4:]]
+for merge, folder in zip(plans, sys.argv[4:]):
+    before = peak()
+    merge.run(sys.argv[2] + folder.rpartition("/")[2])
+    print(folder.rpartition("/")[2], peak(), before)
+"""
+)
+OFTEN = ["LORA", "LOHA", "OFT"]
+REST = [name for name in PIECEWISE if name not in OFTEN]
+
+
+@pytest.mark.parametrize(
+    ("to", "names", "width"),
+    [
+        ("", OFTEN, 6144),
+        ("nf4", OFTEN, 6144),
+        pytest.param("", REST, 6144, marks=pytest.mark.slow),
+        pytest.param("nf4", REST, 6144, marks=pytest.mark.slow),
+        pytest.param("", list(PIECEWISE), 24576, marks=pytest.mark.slow),
+        pytest.param("nf4", list(PIECEWISE), 24576, marks=pytest.mark.slow),
+    ],
+)
+def test_peak_memory_where_the_largest_tensor_is_adapted(to: str, names: list[str], width: int, tmp_path: Path) -> None:
+    """All of them one after another in one process, whose mark never falls: the sum of all growth is bound as that of each."""
+    model = llama(hidden_size=4096, intermediate_size=width, num_hidden_layers=1, num_attention_heads=8, vocab_size=64)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    largest = max(e.nbytes for e in Checkpoint.open(tmp_path / "base").tensors.values())
+    folders = []
+    for name in names:
+        method, options = PIECEWISE[name]
+        config = METHODS[method](target_modules=["up_proj", "down_proj"], **options)  # type: ignore[call-arg]
+        tuned = get_peft_model(model, config)
+        moved(tuned)
+        tuned.save_pretrained(tmp_path / name)
+        model = tuned.unload()
+        folders.append(str(tmp_path / name))
+    base = tmp_path / "base"
+    if to:
+        base = tmp_path / to
+        quantize_(model, to).save_pretrained(base)  # type: ignore[operator]
+    words = [sys.executable, "-c", MEASURE_ALL, str(base), str(tmp_path / "out"), "requantized" if to else "", *folders]
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+    print(*lines, sep="\n")
+    assert len(lines) == len(names)
+    assert largest >= 50e6
+    assert int(lines[-1].split()[1]) - int(lines[0].split()[2]) < 3 * largest + 300e6
 
 
 def test_nothing_changes_without_a_run(small: tuple[Path, Path], tmp_path: Path) -> None:
