@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import inlay
 from inlay import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from inlay.compat.hotswap import hotswap_adapter
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
 TOKENS = torch.arange(24).view(2, 12)
@@ -116,6 +117,26 @@ def test_files_and_switching(folder: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         mixed = other(input_ids=TOKENS, adapter_names=["default", "b"]).logits
     torch.testing.assert_close(mixed[0], first[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["bitsandbytes", "inlay"])
+def test_hotswap_and_mixed_batches_with_the_base(own: bool, folder: Path, tmp_path: Path) -> None:
+    def base() -> Any:
+        return inlay.from_pretrained_quantized(folder, "nf4", dtype=torch.float32) if own else loaded(folder)
+
+    def config(seed: int) -> LoraConfig:
+        return LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, seed=seed, task_type="CAUSAL_LM")
+
+    model, other = get_peft_model(base(), config(1)), get_peft_model(base(), config(2))
+    first, second = logits(model), logits(other)
+    assert not torch.allclose(first, second, atol=1e-2)
+    with torch.no_grad():
+        mixed = model(input_ids=TOKENS, adapter_names=["__base__", "default"]).logits
+        with model.disable_adapter():
+            torch.testing.assert_close(mixed, torch.stack([logits(model)[0], first[1]]), rtol=1e-5, atol=1e-5)
+    other.save_pretrained(tmp_path)
+    hotswap_adapter(model, str(tmp_path), "default")
+    assert torch.equal(logits(model), second)
 
 
 def test_counts_are_those_of_the_dense_model(folder: Path) -> None:

@@ -37,9 +37,9 @@ def table(kind: str) -> nn.Embedding:
 def embedding(kind: str) -> nn.Module:
     dense, options = table(kind), {"dtype": torch.bfloat16} if kind.endswith("bfloat16") else {}
     if "int8" in kind:
-        made: nn.Module = bnb.nn.Embedding8bit(TOKENS, DIMS[kind], **options)
+        made: nn.Module = bnb.nn.modules.Embedding8bit(TOKENS, DIMS[kind], **options)
     else:
-        made = bnb.nn.Embedding4bit(TOKENS, DIMS[kind], quant_type=kind.split("-")[1], **options)
+        made = bnb.nn.modules.Embedding4bit(TOKENS, DIMS[kind], quant_type=kind.split("-")[1], **options)
     made.load_state_dict(dense.state_dict())
     return made.to("cpu").requires_grad_(False)
 
