@@ -19,6 +19,8 @@ def part(p: Adapter, rows: slice) -> Adapter:
     What is declared along the rows is cut. What else depends on where they are, the method finds by `Adapter.first_row` and
     `Adapter.whole`. The memory is that of the adapter.
     """
+    if rows.stop - rows.start == p.site.shape[0]:
+        return p
     site, found = copy.copy(p.site), copy.copy(p)
     vars(site)["shape"] = torch.Size((rows.stop - rows.start, *p.site.shape[1:]))
     found.site, found._whole = site, p.whole
