@@ -177,4 +177,4 @@ def half_plane(places: Tensor, out: int, inp: int) -> tuple[Tensor, Tensor, Tens
     share = torch.where(alone, 1.0, 0.5)
     opposite = 2 * row > out
     pairs = torch.where(opposite, out - row, row) * half + column
-    return row * half + column, share, pairs, torch.where(opposite, -1.0, 1.0)
+    return row * half + column, share, pairs, torch.where(opposite, 1.0, -1.0)
