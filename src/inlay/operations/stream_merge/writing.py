@@ -151,6 +151,9 @@ class Writer:
             w, b = full(before), None if bias is None else full(bias[rows])
             if packing is not None and w is before:
                 w = w.clone()
+            elif packing is None and own is None:
+                # What was read is no longer needed.
+                del before
             for adapter in adapters:
                 w, b = adapter.fold(w, b, rows)
             if b is not None:
@@ -162,7 +165,10 @@ class Writer:
             elif own is not None:
                 before.copy_(w)
             elif key in wanted:
-                self._put_merged(key, site.raw(w.to(entry.torch_dtype)), rows)
+                w = w.to(entry.torch_dtype)
+                self._put_merged(key, site.raw(w), rows)
+            # The next rows are read into the room of these.
+            before = w = None
         if packing is not None:
             self._put_packed(packing, change, wanted)
         elif own is not None and key in wanted:
