@@ -86,6 +86,18 @@ def test_combined_in_another_dtype(folder: Path, tmp_path: Path, capsys: pytest.
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_base_in_half_precision_in_wider_numbers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The merged weights are those of the base's numbers, which is no reason to refuse them."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    words = ["merge", tmp_path / "base", "--adapter", folder / "lora", "--out", tmp_path / "out", "--out-dtype", "fp32"]
+    code, out, err = inlay(capsys, *words, "--verify", "--json")
+    assert code == 0, err
+    assert 0 < json.loads(out)["error"] < 0.05
+    assert {t.dtype for t in weights(tmp_path / "out").values()} == {torch.float32}
+
+
 def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = inlay(capsys, "merge", folder / "base", "--adapter", folder / "lora", "--dry-run", "--out", tmp_path / "out")
     assert code == 0, err

@@ -16,7 +16,7 @@ from . import worker
 def launch(scenario, folder):
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker.__file__, scenario, str(folder)]
     done = subprocess.run([sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[:3000] + done.stderr[-1000:]
 
 
 @pytest.mark.parametrize("scenario", ["ddp", "fsdp2"])

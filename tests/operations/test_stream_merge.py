@@ -686,15 +686,16 @@ print(peak() - before)
 
 
 def test_peak_memory_is_that_of_a_slice(tmp_path: Path) -> None:
-    model = llama(hidden_size=512, intermediate_size=8192, num_hidden_layers=8, num_attention_heads=8, vocab_size=64)
+    model = llama(hidden_size=512, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=8, vocab_size=64)
     base = saved(model, tmp_path / "base", max_shard_size="100MB")
     folder = adapter(base, tmp_path / "a", LoraConfig(r=4, target_modules="all-linear"))
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     words = [sys.executable, "-c", MEASURE, str(base), str(folder), str(tmp_path / "out")]
     grown = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     largest = max(e.nbytes for e in Checkpoint.open(base).tensors.values())
-    assert size > 200e6
-    assert grown < min(3 * largest + 100e6, size / 1.5)
+    # What waits to be written, and has not been by a slow disk, counts as well.
+    assert size > 400e6
+    assert grown < min(3 * largest + 300e6, size / 2)
 
 
 MEASURE_ALL = (

@@ -259,7 +259,9 @@ def compared(planned: StreamMerge, written: Path, device: str, screen: Any) -> f
     if planned.rounding:
         # How much quantising again may take is not ours to say.
         return error
-    number_type = str(merged.dtype).removeprefix("torch.")
+    # A merged weight is rounded to the numbers of the base before it is written in those of the output.
+    number_types = (str(m.dtype).removeprefix("torch.") for m in (planned.base.model, merged))
+    number_type = max(number_types, key=lambda name: TOLERANCE.get(name, 0.0))
     if not error <= TOLERANCE.get(number_type, TOLERANCE["float32"]):
         raise RuntimeError(
             f"the merged model's logits are off by {error:.1e} of the largest one, more than {number_type} explains; nothing was written."
@@ -268,13 +270,14 @@ def compared(planned: StreamMerge, written: Path, device: str, screen: Any) -> f
 
 
 def _opened(planned: StreamMerge, folder: Path) -> Any:
-    """A folder's model; a quantised one without the library that wrote it."""
+    """A folder's model in the numbers of the output; a quantised one without the library that wrote it."""
     from inlay import from_pretrained_quantized
     from inlay.operations.disk_base import quantisation, read_config
 
+    dtype = planned.out_dtype or "auto"
     if quantisation(read_config(folder)) is None:
-        return planned.model_class.from_pretrained(str(folder), dtype="auto")
-    return from_pretrained_quantized(str(folder), auto_class=planned.model_class, dtype="auto")
+        return planned.model_class.from_pretrained(str(folder), dtype=dtype)
+    return from_pretrained_quantized(str(folder), auto_class=planned.model_class, dtype=dtype)
 
 
 def _adapted(planned: StreamMerge) -> Any:
