@@ -165,9 +165,7 @@ def page(results: dict[str, Result | str]) -> str:
         "|---|--:|--:|--:|--:|--:|",
     ]
     for name, r in sorted(done.items()):
-        lines.append(
-            f"| {name} | {r.parameters:,} | {RATES.get(name, RATE):g} | {r.losses[0]:.3f} | {r.losses[-1]:.3f} | {r.factor:.1f} |"
-        )
+        lines.append(f"| {name} | {r.parameters:,} | {RATES.get(name, RATE):g} | {r.losses[0]:.3f} | {r.losses[-1]:.3f} | {r.factor:.1f} |")
     left = {name: why for name, why in results.items() if isinstance(why, str)}
     if left:
         lines += ["", "Not here:", ""] + [f"- {name}: {why}" for name, why in sorted(left.items())]

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .core.adapter import Adapter
+from .core.additive import Additive, LowRank
 from .core.config import CONFIGS, PeftConfig, config_class
 from .core.families import Rotation
 from .core.inner import Inner
-from .core.method import Additive, LowRank, Method
+from .core.method import Method
 from .core.site import Read, Site, Stack, site_of
 from .initializers import NAMES
 from .initializers.started import Started, no_factors

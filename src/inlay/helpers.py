@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .core.additive import LowRank
 from .core.config import PeftConfig
 from .core.inlaid import adapters_of, places, session_of
-from .core.method import LowRank, full
+from .core.method import full
 from .core.place import Place
 from .core.site import Embedding, TransposedLinear, site_of
 from .core.targets import bare_model
@@ -184,9 +185,7 @@ class KappaTuneSelector:
                 pass
         return {n: condition_number(read(small[n])) for n in names}
 
-    def get_best_targets(
-        self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
-    ) -> list[str]:
+    def get_best_targets(self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None) -> list[str]:
         """Linear layers, the best conditioned first.
 
         Args:

@@ -59,7 +59,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 RATES = {
     **dict.fromkeys(("fourierft", "fourierft-gpt2", "waveft", "waveft-gpt2", "waveft-entries", "waveft-proportional", "deft-qr"), 0.05),
     **dict.fromkeys(("delora", "hira-embedding", "hira-convolutions", "peanut-deep", "supertuning", "supertuning-found-again"), 0.5),
-    "c3a": 20, "c3a-zero": 100, "shira": 5, "shira-seed": 5, "hira": 50, "hira-gpt2": 5, "deft": 1, "deft-random": 1, "peanut": 10,
+    "c3a": 20,
+    "c3a-zero": 100,
+    "shira": 5,
+    "shira-seed": 5,
+    "hira": 50,
+    "hira-gpt2": 5,
+    "deft": 1,
+    "deft-random": 1,
+    "peanut": 10,
 }
 
 

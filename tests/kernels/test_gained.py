@@ -24,8 +24,10 @@ def given(shape: tuple[int, ...], bias: bool, dtype: torch.dtype = torch.float64
     torch.manual_seed(0)
     frozen = torch.randn(5, 8), torch.randn(5) if bias else None, torch.randn(RANK, 8), torch.randn(5, RANK)
     x, d, e = torch.randn(*shape, 8), torch.randn(RANK), torch.randn(5)
-    return x.to(dtype).requires_grad_(), *(None if t is None else t.to(dtype) for t in frozen), *(
-        t.to(dtype).requires_grad_() for t in (d, e)
+    return (
+        x.to(dtype).requires_grad_(),
+        *(None if t is None else t.to(dtype) for t in frozen),
+        *(t.to(dtype).requires_grad_() for t in (d, e)),
     )
 
 

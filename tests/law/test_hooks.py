@@ -17,11 +17,13 @@ from torch import Tensor, nn
 import inlay
 from inlay.capabilities import capabilities
 from inlay.core.adapter import Adapter
+from inlay.core.additive import Additive
 from inlay.core.attach import attach, detach
 from inlay.core.config import CONFIGS
 from inlay.core.inlaid import adapters_of
 from inlay.core.inner import Inner
-from inlay.core.method import METHODS, Additive, Method, Param, normal, register
+from inlay.core.method import METHODS, Method, register
+from inlay.core.param import Param, normal
 from inlay.core.site import Site, Whole
 
 TARGETS = ["0", "2"]
@@ -207,6 +209,7 @@ def test_a_method_on_whole_modules() -> None:
         around=around,
         unmergeable="it acts on a module",
     )
+
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()

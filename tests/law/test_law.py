@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from inlay.core.attach import activate, attach
 from inlay.core.inlaid import session_of
-from inlay.core.method import Param
+from inlay.core.param import Param
 from inlay.core.session import BASE
 from inlay.core.targets import find_targets
 

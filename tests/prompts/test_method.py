@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import inlay
-from inlay.core.method import Param, normal
+from inlay.core.param import Param, normal
 from inlay.prompts import PromptMethod
 
 

@@ -53,14 +53,16 @@ def extract(
     write(out, found.tensors, found.config, None, _origin(found, base, tuned))
     size = sum(t.nbytes for t in found.tensors.values())
     if as_json:
-        emit({
-            "out": str(out),
-            "r": found.config.r,
-            "bytes": size,
-            "same": found.same,
-            "layers": [asdict(layer) for layer in found.layers],
-            "others": [asdict(other) for other in found.others],
-        })
+        emit(
+            {
+                "out": str(out),
+                "r": found.config.r,
+                "bytes": size,
+                "same": found.same,
+                "layers": [asdict(layer) for layer in found.layers],
+                "others": [asdict(other) for other in found.others],
+            }
+        )
         return
     _show(found, out, size, screen)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .method import Method, Param, generator_for
+from .method import Method
+from .param import Param, generator_for
 from .session import Session
 from .site import Site
 

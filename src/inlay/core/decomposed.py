@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .method import Additive, Method, Param, full, zeros
+from .additive import Additive
+from .method import Method, full
 from .mixins import mixed_in
+from .param import Param, zeros
 from .site import Embedding, Site
 
 if TYPE_CHECKING:
@@ -63,4 +65,3 @@ class Decomposed(Additive):
 def decomposed(method: type[Additive]) -> type[Additive]:
     """The class of a method's decomposed form."""
     return mixed_in(Decomposed, method)
-

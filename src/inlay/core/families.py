@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .method import Method, full, meet
+from .additive import meet
+from .method import Method, full
 from .site import Embedding, Linear, Site, TransposedLinear
 
 if TYPE_CHECKING:

@@ -13,100 +13,24 @@ from __future__ import annotations
 
 import copy
 import re
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .config import CONFIGS, PeftConfig, nearest
+from .param import Param
 from .site import Site
 
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .inner import Inner
 
-Init = Callable[[Tensor, torch.Generator], Any]
 Config = TypeVar("Config", bound=type[PeftConfig])
 
 
-# ---- parameters ---------------------------------------------------------------------------------------------------------
-def zeros(tensor: Tensor, _: torch.Generator) -> None:
-    tensor.zero_()
-
-
-def ones(tensor: Tensor, _: torch.Generator) -> None:
-    tensor.fill_(1)
-
-
-def constant(value: float) -> Init:
-    return lambda tensor, _: tensor.fill_(value)
-
-
-def normal(std: float = 1.0) -> Init:
-    return lambda tensor, generator: tensor.normal_(0, std, generator=generator)
-
-
-def kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    """The default of ``nn.Linear``: uniform within ``1 / sqrt(fan_in)``, fan_in being the last axis."""
-    bound = tensor.shape[-1] ** -0.5
-    tensor.uniform_(-bound, bound, generator=generator)
-
-
-@dataclass(frozen=True)
-class Param:
-    """The declaration of one tensor of an adapter; nothing is allocated by it.
-
-    Args:
-        axes: ``"out"``, ``"in"``, ``"channel"`` or numbers, behind the batch axes of the site.
-        init: fills a float32 tensor in place, with a generator of its own.
-        key: the end of its key in a file; None stands for the parameter's name.
-        file_shape: its shape in a file, where the layout's own (`Site.in_file`) is not what HF writes.
-        trainable: a parameter, or a buffer.
-        persistent: goes to the file and the state dict.
-        batched: the batch axes of the site go before the axes.
-        dtype: a dtype of its own (indices); None follows the policy.
-        optional: a file may lack it; `Method.derive` gives it then.
-    """
-
-    axes: tuple[str | int, ...]
-    init: Init = zeros
-    key: str | None = None
-    file_shape: tuple[int, ...] | None = None
-    trainable: bool = True
-    persistent: bool = True
-    batched: bool = True
-    dtype: torch.dtype | None = None
-    optional: bool = False
-
-    def shape(self, site: Site) -> tuple[int, ...]:
-        return (*(site.batch if self.batched else ()), *map(site.size, self.axes))
-
-    def to_file(self, site: Site, tensor: Tensor) -> Tensor:
-        if self.file_shape is not None:
-            return tensor.reshape(self.file_shape)
-        return site.in_file(self.axes, tensor) if self.batched else tensor
-
-    def from_file(self, site: Site, tensor: Tensor) -> Tensor:
-        if self.file_shape is not None or not self.batched:
-            return tensor.reshape(self.shape(site))
-        return site.from_file(self.axes, tensor)
-
-    def shape_in_file(self, site: Site) -> tuple[int, ...]:
-        return tuple(self.to_file(site, torch.empty(self.shape(site), device="meta")).shape)
-
-
-def generator_for(seed: int | None, *path: str) -> torch.Generator:
-    """A generator of its own for each tensor: it depends on the seed and the tensor's name, on nothing that ran before."""
-    # torch's generator on the CPU looks at 32 bits of its seed, so all of it has to go into those.
-    return torch.Generator().manual_seed(zlib.crc32("/".join((str(seed or 0), *path)).encode()))
-
-
-# ---- methods ------------------------------------------------------------------------------------------------------------
 METHODS: dict[str, type[Method]] = {}
 
 
@@ -404,127 +328,6 @@ def biased(p: Adapter, b: Tensor | None) -> Tensor | None:
     return new if b is None or p.strength == 1 else torch.lerp(b.to(new.dtype), new, p.strength)
 
 
-@dataclass
-class Additive(Method):
-    """A method that adds to the weight: it gives `delta`, and may give `delta_bias`.
-
-    Args:
-        use_dora: train the lengths of the adapted weight's rows apart from their directions (see `core.decomposed`).
-        input_dropout: share of inputs that the added path leaves out in training, in [0, 1).
-    """
-
-    use_dora: bool = field(default=False, metadata=_help("Train the rows' magnitudes apart.") | {"ours": True})
-    input_dropout: float = field(default=0.0, metadata=_help("Share of inputs that the update leaves out in training.") | {"ours": True})
-
-    scales_itself: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.input_dropout < 1:
-            raise ValueError(f"`input_dropout` is a share in [0, 1), not {self.input_dropout!r}.")
-        if self.input_dropout and type(self).dropout is not Additive.dropout:
-            raise ValueError(f"{type(self).__name__} has a dropout of its own; set that in place of `input_dropout`.")
-
-    def variant(self) -> Method:
-        from .decomposed import decomposed
-
-        return self.become(decomposed(type(self))) if self.use_dora else self
-
-    def delta(self, p: Adapter) -> Tensor:
-        """What is added to the weight, ``(*batch, out, in)``, at strength 1."""
-        raise NotImplementedError
-
-    def delta_bias(self, p: Adapter) -> Tensor | None:
-        """What is added to the bias, ``(out,)``."""
-        return None
-
-    @property
-    def dropout(self) -> float:
-        """The share of inputs that the added path leaves out in training."""
-        return self.input_dropout
-
-    def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        extra = self.delta_bias(p)
-        if extra is not None:
-            extra = p.strength * full(extra)
-            b = extra if b is None else b + extra
-        return self.plus_delta(p, w), b
-
-    def plus_delta(self, p: Adapter, w: Tensor) -> Tensor:
-        """The weight with `delta` at the adapter's strength, where there is a cheaper way than to add the two."""
-        return torch.add(w, full(self.delta(p)), alpha=p.strength)
-
-    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
-        return self.with_delta(p, inner, x, self.delta(p))
-
-    def with_delta(self, p: Adapter, inner: Inner, x: Tensor, delta: Tensor) -> Tensor:
-        """The layer on ``x`` with this update: `delta`, or what training draws from it."""
-        y = inner(x)
-        extra = self.delta_bias(p)
-        x, delta = meet(F.dropout(x, self.dropout, p.training) if x.is_floating_point() else x, delta)
-        return add(y, inner.site.apply(x, delta, extra), p.strength)
-
-    def thinned(self, p: Adapter, change: Tensor) -> Tensor:
-        """What training keeps of the change ``(*batch, out, in)`` of a weight that its host reads itself. The host's inputs are
-        out of reach, so dropout takes whole input features, for all rows of the batch alike."""
-        if not self.dropout:
-            return change
-        kept = torch.rand(change.shape[-1], device=change.device) >= self.dropout
-        return change * kept / (1 - self.dropout)
-
-
-class LowRank(Additive):
-    """A method whose delta is ``scaling * B A``: it gives `factors`."""
-
-    @property
-    def scaling(self) -> float:
-        return 1.0
-
-    def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        """``A (*batch, r, in)`` and ``B (*batch, out, r)``."""
-        raise NotImplementedError
-
-    def delta(self, p: Adapter) -> Tensor:
-        a, b = self.factors(p)
-        return self.scaling * (full(b) @ full(a))
-
-    def plus_delta(self, p: Adapter, w: Tensor) -> Tensor:
-        if w.ndim > 2 or type(self).delta is not LowRank.delta:
-            return super().plus_delta(p, w)
-        a, b = (full(t).to(w.dtype) for t in self.factors(p))
-        return torch.addmm(w, b, a, alpha=self.scaling * p.strength)
-
-    def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
-        return self.with_factors(p, inner, x, *self.factors(p), self.trained(p))
-
-    def trained(self, p: Adapter) -> tuple[Tensor, Tensor] | None:
-        """A and B of a lower rank whose product differs from that of `factors` by a constant, where there are such: what is
-        constant then costs nothing in the backward pass."""
-        return None
-
-    def with_factors(
-        self, p: Adapter, inner: Inner, x: Tensor, a: Tensor, b: Tensor, trained: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """The layer on ``x`` with this update: `factors`, or what training draws from them."""
-        from ..kernels.lowrank import linear_plus_low_rank, restoring_pays
-
-        extra = self.delta_bias(p)
-        scale = self.scaling * p.strength
-        rate = self.dropout if p.training else 0.0
-        dense = inner.dense
-        if dense is not None and extra is None:
-            return linear_plus_low_rank(x, *dense, a, b, scale, rate, trained)
-        if inner.stored is not None and extra is None and restoring_pays(x, a, inner.site.dtype):
-            return linear_plus_low_rank(x, *inner.stored, a, b, scale, rate, trained)
-        y = inner(x)
-        if rate and x.is_floating_point():
-            x = F.dropout(x, rate)
-        x, a, b = meet(x, a, b)
-        if extra is not None:
-            y = add(y, inner.site.rows(extra), p.strength)
-        return add(y, inner.site.up(inner.site.down(x, a), b), scale)
-
-
 def padded(tensor: Tensor, shape: Sequence[int], parts: int = 1, axis: int = -1) -> Tensor:
     """A tensor in a corner of zeros of another shape; or its parts along an axis, each in the corner of its own.
 
@@ -541,23 +344,3 @@ def padded(tensor: Tensor, shape: Sequence[int], parts: int = 1, axis: int = -1)
     found = tensor.new_zeros(tuple(shape))
     found[tuple(slice(n) for n in tensor.shape)] = tensor.detach()
     return found
-
-
-def meet(x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-    """Input and parameters in one dtype: that of the parameters, or autocast's, which then does it without a copy of ours."""
-    if not x.is_floating_point():
-        return x, *params
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return x.to(dtype), *(q.to(dtype) for q in params)
-    return x.to(params[0].dtype), *params
-
-
-def add(y: Tensor, h: Tensor, scale: float) -> Tensor:
-    """``y + scale * h`` in the dtype of ``y``, rounded once."""
-    return torch.add(y, h, alpha=scale).to(y.dtype)
-
-
-def count(declared: dict[str, Param], site: Site) -> int:
-    """How many numbers the trainable parameters hold."""
-    return sum(prod(q.shape(site)) for q in declared.values() if q.trainable)

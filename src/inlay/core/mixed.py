@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..kernels.mixed import Factors, Rows, Selector, Stack, add_segments, selector, stack
-from .method import LowRank, Method
+from .additive import LowRank
+from .method import Method
 from .rows import Group, entries_a_row, put_back, taken
 from .site import Embedding, Linear, TransposedLinear
 

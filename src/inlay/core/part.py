@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .adapter import Adapter
-    from .method import Param
+    from .param import Param
 
 
 def part(p: Adapter, rows: slice) -> Adapter:

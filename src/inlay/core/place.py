@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.frozen import frozen_linear
 from .adapter import Adapter
+from .additive import Additive
 from .inner import Inner
-from .method import Additive, biased, folded, full
+from .method import biased, folded, full
 from .rows import by_rows, grouped
 from .session import Session
 from .site import Embedding, Linear, Site, TransposedLinear

@@ -18,7 +18,8 @@ from .adapter import Adapter
 from .config import PeftConfig, nearest
 from .inlaid import Inlaid
 from .inner import Inner
-from .method import METHODS, Method, Param
+from .method import METHODS, Method
+from .param import Param
 from .site import Read, Site
 from .targets import NO_TARGETS, Target, base_modules, find_targets, resolved_targets, site_at, tied_paths
 from .tied import Tied

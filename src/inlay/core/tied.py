@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from .method import LowRank, Method, Param, add, folded, meet
+from .additive import LowRank, add, meet
+from .method import Method, folded
+from .param import Param
 from .site import Site
 
 if TYPE_CHECKING:

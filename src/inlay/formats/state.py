@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
+from ..core.additive import LowRank
 from ..core.config import nearest
 from ..core.inlaid import host_of, places
-from ..core.method import LowRank, Method, Param
+from ..core.method import Method
+from ..core.param import Param
 from ..core.place import Place
 from ..core.plan import Biases, Part
 from ..core.retrained import Retrained

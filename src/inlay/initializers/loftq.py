@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.method import Method, Param, full, zeros
+from ..core.method import Method, full
 from ..core.mixins import mixed_in
+from ..core.param import Param, zeros
 from ..core.site import Embedding, Site
 from ..kernels.blockwise import rounded
 from .calibration import Progress

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.method import full, generator_for
+from ..core.method import full
+from ..core.param import generator_for
 from .calibration import store, stored, targets
 from .offset import unknown_start
 from .started import no_factors

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..core.method import Param, zeros
 from ..core.mixins import mixed_in
+from ..core.param import Param, zeros
 from ..core.site import Site
 from .started import Started
 from .svd import precise, singular_vectors

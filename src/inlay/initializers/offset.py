@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.method import Method, Param, generator_for, kaiming_uniform, padded, zeros
+from ..core.method import Method, padded
 from ..core.mixins import mixed_in
+from ..core.param import Param, generator_for, kaiming_uniform, zeros
 from ..core.site import Site
 from .started import Started
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.method import Init, kaiming_uniform, normal, zeros
+from ..core.param import Init, kaiming_uniform, normal, zeros
 
 
 def uniform(start_from_base: bool) -> tuple[Init, Init]:

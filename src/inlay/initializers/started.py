@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..core.additive import LowRank
 from ..core.config import PeftConfig, nearest
-from ..core.method import LowRank, Method
+from ..core.method import Method
 from ..core.site import Site
 
 if TYPE_CHECKING:

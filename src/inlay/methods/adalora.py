@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter
+from ..core.additive import Additive, LowRank
 from ..core.config import PeftConfig, PeftType
-from ..core.method import Additive, Init, LowRank, Method, Param, generator_for, normal, register, zeros
+from ..core.method import Method, register
+from ..core.param import Init, Param, generator_for, normal, zeros
 from ..core.site import Site
 from ..initializers import STARTS
 from ..initializers.plain import orthonormal

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.additive import LowRank, add
 from ..core.config import PeftType
-from ..core.method import LowRank, Method, Param, add, full, normal, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, normal, zeros
 from ..core.site import Site
 from ..kernels.core import linear_plus_core
 from ..kernels.lowrank import linear_plus_low_rank

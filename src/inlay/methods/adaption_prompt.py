@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import PeftType
-from ..core.method import Method, Param, normal, register
+from ..core.method import Method, register
+from ..core.param import Param, normal
 from ..core.site import Site, Whole
 from ..core.targets import architecture
 

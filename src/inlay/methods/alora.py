@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.method import add, meet
+from ..core.additive import add, meet
 from ..core.site import Embedding, Site
 from ..kernels.activated import linear_plus_tokens
 from ..kernels.lowrank import takes_the_formula

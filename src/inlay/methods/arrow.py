@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.method import add, folded, full, generator_for
+from ..core.additive import add
+from ..core.method import folded, full
+from ..core.param import generator_for
 from ..core.site import Site
 from .lora import LoraConfig, is_linear
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..core.method import Method, Param, padded
+from ..core.method import Method, padded
+from ..core.param import Param
 from ..core.site import Site
 from .dora import Dora
 from .lora import LoraConfig

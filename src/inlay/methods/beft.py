@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.config import PeftType
-from ..core.method import Method, Param, normal, register, zeros
+from ..core.method import Method, register
+from ..core.param import Param, normal, zeros
 from ..core.site import Embedding, Site, _AnyConv
 
 if TYPE_CHECKING:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..core.additive import meet
 from ..core.config import PeftType
 from ..core.families import Rotation, acts_on_last_axis, cayley, in_full_precision
-from ..core.method import Method, Param, full, meet, normal, ones, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, normal, ones, zeros
 from ..core.site import Site
 from ..kernels.turned import Order, linear_turned, multiplied, turn
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..core.additive import add
 from ..core.config import PeftType, nearest
 from ..core.families import acts_on_last_axis
-from ..core.method import Init, Method, Param, add, full, normal, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Init, Param, normal, zeros
 from ..core.site import Site
 from ..kernels import lowrank
 from .spread import Spread

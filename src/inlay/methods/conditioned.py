@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..core.method import Method, add, full, meet
+from ..core.additive import add, meet
+from ..core.method import Method, full
 from ..kernels.lowrank import linear_plus_low_rank
 
 if TYPE_CHECKING:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.additive import add, meet
 from ..core.config import PeftType, nearest
 from ..core.families import in_full_precision
-from ..core.method import Method, Param, add, full, generator_for, meet, normal, register
+from ..core.method import Method, full, register
+from ..core.param import Param, generator_for, normal
 from ..core.site import Site
 from .conditioned import Conditioned, plus_low_rank
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from ..core.additive import LowRank
 from ..core.config import PeftType
-from ..core.method import LowRank, Method, Param, constant, full, kaiming_uniform, ones, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, constant, kaiming_uniform, ones, zeros
 from ..core.site import Site
 
 if TYPE_CHECKING:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.method import Method, Param, add, full, meet, zeros
+from ..core.additive import add, meet
+from ..core.method import Method, full
+from ..core.param import Param, zeros
 from ..core.site import Embedding, Site
 from ..kernels.decomposed import linear_decomposed, row_squares
 from .lora import LoraConfig

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.method import Param, generator_for, register
+from ..core.method import register
+from ..core.param import Param, generator_for
 from ..core.site import Site
 from ..initializers.plain import gaussian, uniform
 from .lycoris import Drawn, rank

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..core.additive import add
 from ..core.config import PeftType
 from ..core.families import acts_on_last_axis
-from ..core.method import Method, Param, add, full, normal, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, normal, zeros
 from ..core.site import Site
 from ..kernels import lowrank
 from ..kernels.spread import remembered, sampled, scattered

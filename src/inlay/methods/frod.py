@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.config import PeftType
-from ..core.method import Method, Param, full, generator_for, normal, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, generator_for, normal, zeros
 from ..core.site import Site
 from ..kernels.rebased import linear_plus_rebased, times_sparse
 from ..kernels.spread import sampled, scattered

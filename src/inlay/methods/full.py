@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from ..core.method import Additive, Param, register
+from ..core.additive import Additive
+from ..core.method import register
+from ..core.param import Param
 from ..core.site import Site
 from ..kernels.sums import linear_plus_matrix
 

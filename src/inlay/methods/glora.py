@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..core.additive import add, meet
 from ..core.config import PeftType, nearest
-from ..core.method import Method, Param, add, full, kaiming_uniform, meet, normal, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, kaiming_uniform, normal, zeros
 from ..core.site import Site
 from ..kernels.passing import linear_through
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.additive import Additive, add, meet
 from ..core.config import PeftType
 from ..core.families import acts_on_last_axis
-from ..core.method import Additive, Method, Param, add, full, kaiming_uniform, meet, padded, register, zeros
+from ..core.method import Method, full, padded, register
+from ..core.param import Param, kaiming_uniform, zeros
 from ..core.site import Site
 from ..kernels.blocks import linear_plus_blocks, through_blocks, update_of_blocks
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from ..core.config import PeftType
-from ..core.method import Method, Param, full, kaiming_uniform, normal, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, kaiming_uniform, normal, zeros
 from ..core.site import Embedding, Site
 from .spread import Spread
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from ..core.config import PeftType
 from ..core.families import Rotation, in_full_precision
-from ..core.method import Method, Param, full, generator_for, kaiming_uniform, register
+from ..core.method import Method, full, register
+from ..core.param import Param, generator_for, kaiming_uniform
 from ..core.site import Site
 from ..kernels.turned import linear_reflected
 

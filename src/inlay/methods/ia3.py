@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from ..core.config import PeftType
-from ..core.method import Method, Param, normal, ones, register
+from ..core.method import Method, register
+from ..core.param import Param, normal, ones
 from ..core.site import Embedding, Linear, Site, TransposedLinear, _AnyConv
 from ..core.targets import _hit, architecture
 

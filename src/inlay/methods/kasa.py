@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..core.additive import LowRank, add, meet
 from ..core.inner import Inner
-from ..core.method import LowRank, Param, add, full, meet, normal, zeros
+from ..core.method import full
+from ..core.param import Param, normal, zeros
 from ..core.site import Site
 from .lora import LoraConfig
 

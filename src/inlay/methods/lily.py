@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.additive import add, meet
 from ..core.config import PeftType
-from ..core.method import Method, Param, add, generator_for, kaiming_uniform, meet, padded, register
+from ..core.method import Method, padded, register
+from ..core.param import Param, generator_for, kaiming_uniform
 from ..core.site import Site, _AnyConv
 from ..core.targets import ALL_LINEAR
 from ..kernels.routed import linear_plus_routed

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..core.additive import add, meet
 from ..core.config import PeftType
-from ..core.method import Method, Param, add, full, meet, register
+from ..core.method import Method, full, register
+from ..core.param import Param
 from ..core.site import Linear, Site
 from ..core.targets import architecture
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core.method import LowRank, Param, generator_for, kaiming_uniform, ones, register, zeros
+from ..core.additive import LowRank
+from ..core.method import register
+from ..core.param import Param, generator_for, kaiming_uniform, ones, zeros
 from ..core.site import ConvTranspose, Site
 from ..initializers.plain import gaussian, orthogonal
 from ..initializers.svd import singular_vectors

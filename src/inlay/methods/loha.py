@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from ..core.additive import LowRank
 from ..core.config import PeftType
-from ..core.method import Init, LowRank, Method, Param, full, kaiming_uniform, normal, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Init, Param, kaiming_uniform, normal, zeros
 from ..core.site import Site
 from ..kernels.hadamard import hadamard, khatri_rao, linear_plus_hadamard
 from .lycoris import Frame, Lycoris, as_matrix, core_uniform, tensor_of, tucker

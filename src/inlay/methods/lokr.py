@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.additive import add, meet
 from ..core.config import PeftType
 from ..core.families import acts_on_last_axis
-from ..core.method import Init, Method, Param, add, full, kaiming_uniform, meet, padded, register, zeros
+from ..core.method import Method, full, padded, register
+from ..core.param import Init, Param, kaiming_uniform, zeros
 from ..core.site import Site
 from ..kernels.kronecker import kronecker, linear_plus_kronecker, times_kronecker
 from .lycoris import Frame, Lycoris, as_matrix, core_uniform, tensor_of, tucker

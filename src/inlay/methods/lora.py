@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.config import PeftType
-from ..core.method import Init, Method, Param, normal, register, zeros
+from ..core.method import Method, register
+from ..core.param import Init, Param, normal, zeros
 from ..core.site import Embedding, Linear, Site, TransposedLinear, _AnyConv
 from ..initializers.plain import gaussian, orthogonal, uniform
 from ..initializers.started import LoraRuntimeConfig as LoraRuntimeConfig

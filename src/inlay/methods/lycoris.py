@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.additive import Additive, LowRank
 from ..core.config import nearest
-from ..core.method import Additive, Init, LowRank, Param, full, ones, zeros
+from ..core.method import full
+from ..core.param import Init, Param, ones, zeros
 from ..core.site import Site
 from ..initializers.started import Started
 

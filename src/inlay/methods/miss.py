@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.additive import Additive, add, meet
 from ..core.config import PeftType
 from ..core.families import acts_on_last_axis
-from ..core.method import Additive, Method, Param, add, full, kaiming_uniform, meet, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, kaiming_uniform, zeros
 from ..core.site import Site
 from ..kernels.passing import linear_plus_shards, linear_through, side_by_side, sums_of_shards
 

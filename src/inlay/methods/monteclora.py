@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.method import Param, constant, full
+from ..core.method import full
+from ..core.param import Param, constant
 from ..core.site import Site
 from .lora import LoraConfig
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..core.config import PeftType
 from ..core.families import Rotation, cayley, cayley_series, in_full_precision, nearest_divisor, skew
-from ..core.method import Method, Param, full, normal, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, normal, zeros
 from ..core.site import Embedding, Site
 from ..kernels.turned import linear_turned
 

@@ -14,8 +14,10 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from ..core.additive import Additive
 from ..core.config import PeftType
-from ..core.method import Additive, Method, Param, full, normal, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, normal, zeros
 from ..core.site import Site
 from ..core.targets import ALL_LINEAR, architecture
 from ..kernels.lowrank import linear_plus_low_rank

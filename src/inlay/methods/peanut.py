@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from ..core.config import PeftType, nearest
 from ..core.families import in_full_precision
-from ..core.method import Method, Param, full, kaiming_uniform, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, kaiming_uniform, zeros
 from ..core.site import Site
 from .conditioned import Conditioned
 

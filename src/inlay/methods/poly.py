@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.additive import LowRank, add, meet
 from ..core.config import PeftType
-from ..core.method import LowRank, Method, Param, add, full, kaiming_uniform, meet, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, kaiming_uniform, zeros
 from ..core.site import Embedding, Site
 from .lora import is_linear
 

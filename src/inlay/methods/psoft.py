@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.additive import LowRank
 from ..core.config import PeftType, nearest
 from ..core.families import cayley, cayley_series, in_full_precision, skew
-from ..core.method import Init, LowRank, Method, Param, full, normal, ones, padded, register, zeros
+from ..core.method import Method, full, padded, register
+from ..core.param import Init, Param, normal, ones, zeros
 from ..core.site import Site
 from ..kernels.core import linear_plus_core
 

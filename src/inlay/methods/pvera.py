@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.additive import LowRank, add, meet
 from ..core.config import PeftType
-from ..core.method import LowRank, Method, Param, add, constant, meet, normal, ones, register, zeros
+from ..core.method import Method, register
+from ..core.param import Param, constant, normal, ones, zeros
 from ..core.site import Site
 from ..kernels.drawn import linear_plus_drawn
 from ..kernels.gained import linear_plus_gained

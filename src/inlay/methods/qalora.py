@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.method import Param, add, meet
+from ..core.additive import add, meet
+from ..core.param import Param
 from ..core.site import Site
 from .dora import Dora
 from .lora import LoraConfig, is_linear

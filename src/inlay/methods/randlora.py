@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import PeftType
-from ..core.method import Method, Param, constant, full, normal, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, constant, normal, zeros
 from ..core.site import Site
 from .banks import check_positive, check_share, widest
 from .spread import Spread

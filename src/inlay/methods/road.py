@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..core.config import PeftType, nearest
 from ..core.families import in_full_precision, nearest_divisor
-from ..core.method import Method, Param, full, normal, ones, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, normal, ones, zeros
 from ..core.site import Linear, Site, TransposedLinear, _AnyConv
 from ..kernels.pairs import formula, turn_pairs
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.config import PeftType
-from ..core.method import Method, Param, kaiming_uniform, register, zeros
+from ..core.method import Method, register
+from ..core.param import Param, kaiming_uniform, zeros
 from ..core.site import Site, Whole
 from ..shadow.base import blocks_of, holder_of, width_of
 from ..shadow.network import Shadow

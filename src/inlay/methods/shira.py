@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core.config import PeftType
-from ..core.method import Method, Param, normal, register, zeros
+from ..core.method import Method, register
+from ..core.param import Param, normal, zeros
 from ..core.site import Site
 from ..kernels.spread import remembered, sampled, scattered
 from .spread import Spread

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.additive import Additive, add
 from ..core.families import acts_on_last_axis
-from ..core.method import Additive, add
 from ..kernels.lowrank import takes_the_formula
 from ..kernels.spread import linear_plus_spread, piecewise
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core.additive import add, meet
 from ..core.config import PeftType
-from ..core.method import Method, Param, add, full, kaiming_uniform, meet, normal, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, kaiming_uniform, normal, zeros
 from ..core.site import Site
 from ..kernels.spread import sampled, scattered
 from .spread import Spread

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..core.config import PeftType
 from ..core.families import acts_on_last_axis
-from ..core.method import Method, Param, full, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, zeros
 from ..core.site import Embedding, Site
 
 if TYPE_CHECKING:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.additive import LowRank
 from ..core.config import PeftType
-from ..core.method import LowRank, Method, Param, generator_for, register, zeros
+from ..core.method import Method, register
+from ..core.param import Param, generator_for, zeros
 from ..core.site import Site
 from .banks import check_positive, check_share
 

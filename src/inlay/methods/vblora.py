@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.additive import LowRank
 from ..core.config import PeftType
-from ..core.method import LowRank, Method, Param, generator_for, normal, padded, register
+from ..core.method import Method, padded, register
+from ..core.param import Param, generator_for, normal
 from ..core.site import Site
 from .banks import check_positive, check_share
 

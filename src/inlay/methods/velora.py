@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.method import Param, add, meet, normal, zeros
+from ..core.additive import add, meet
+from ..core.param import Param, normal, zeros
 from ..core.site import Site
 from ..kernels.compressed import in_groups, linear_compressed
 from .lora import LoraConfig, is_linear

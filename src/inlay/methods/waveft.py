@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.config import PeftType, nearest
-from ..core.method import Method, Param, full, normal, register, zeros
+from ..core.method import Method, full, register
+from ..core.param import Param, normal, zeros
 from ..core.site import Site
 from ..kernels.spread import remembered, sampled, scattered
 from ..kernels.wavelets import LOW_PASS, analysis, padding, synthesis, waves

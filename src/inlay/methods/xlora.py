@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.additive import add
 from ..core.config import PeftConfig, PeftType
-from ..core.method import Method, Param, add, generator_for, kaiming_uniform, register, zeros
+from ..core.method import Method, register
+from ..core.param import Param, generator_for, kaiming_uniform, zeros
 from ..core.site import Site
 
 if TYPE_CHECKING:

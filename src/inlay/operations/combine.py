@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.attach import attach
 from ..core.inlaid import adapters_of, places
-from ..core.method import Method, generator_for, matches
+from ..core.method import Method, matches
+from ..core.param import generator_for
 from ..core.plan import Part
 from ..formats.state import adapter_tensors, fill, slots_of_parts
 from ..initializers.svd import precise

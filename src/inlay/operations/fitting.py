@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
+from ..core.additive import LowRank
 from ..core.config import PeftConfig
-from ..core.method import LowRank, Method, folded, full
+from ..core.method import Method, folded, full
 from ..core.plan import adapter_dtype
 from ..methods.lora import LoraConfig
 

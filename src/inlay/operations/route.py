@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter
+from ..core.additive import LowRank, meet
 from ..core.inner import Inner
-from ..core.method import LowRank, meet
 from ..core.mixed import _adds_low_rank_alone
 from ..core.place import Place
 from ..core.site import Linear, Site, TransposedLinear

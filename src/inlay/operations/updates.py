@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
+from ..core.additive import Additive, LowRank
 from ..core.config import PeftConfig
 from ..core.inlaid import places, session_of
-from ..core.method import Additive, LowRank, Method, biased, folded, full
+from ..core.method import Method, biased, folded, full
 from ..core.place import Place
 from ..core.plan import Biases, Part, materialise
 from ..core.retrained import AnyPlace, Retrained

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import Parameter
 
 from ..core.adapter import Adapter
+from ..core.additive import LowRank
 from ..core.inlaid import adapters_of, session_of
-from ..core.method import LowRank
 from ..core.targets import bare_model
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.config import PeftConfig, PeftType
-from ..core.method import Param, normal, register
+from ..core.method import register
+from ..core.param import Param, normal
 from ..formats.state import Slot
 from .cached import CachedMethod
 from .prefix_tuning import PrefixTuningConfig

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.config import PeftType, TaskType
-from ..core.method import Param, register, zeros
+from ..core.method import register
+from ..core.param import Param, zeros
 from .inputs import IGNORED_LABEL, before_forward
 from .method import PromptMethod, words_of
 from .prompt import Prompt

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..core.config import PromptLearningConfig, TaskType
-from ..core.method import Param
+from ..core.param import Param
 from ..formats.state import Slot
 from .inputs import before_forward, before_generate
 from .prompt import Prompt

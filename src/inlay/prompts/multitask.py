@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import PeftType
-from ..core.method import Param, normal, register
+from ..core.method import register
+from ..core.param import Param, normal
 from .generation import for_rows, generating, tokens_in
 from .inputs import IGNORED_LABEL, before, before_forward, before_generate, joined, mask_before
 from .method import words_of

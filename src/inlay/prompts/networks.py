@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.method import Init, Param, kaiming_uniform
+from ..core.param import Init, Param, kaiming_uniform
 from .prompt import Prompt
 
 

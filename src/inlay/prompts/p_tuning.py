@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.config import PeftType, nearest
-from ..core.method import Param, normal, register
+from ..core.method import register
+from ..core.param import Param, normal
 from .method import PromptMethod
 from .networks import chain, linear, lstm, run_lstm
 from .prompt import Prompt

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import PeftType
-from ..core.method import Param, normal, register, zeros
+from ..core.method import register
+from ..core.param import Param, normal, zeros
 from .cached import CachedMethod
 from .method import PromptMethod
 from .networks import chain, linear

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..core.method import Param, generator_for
+from ..core.param import Param, generator_for
 from ..formats.state import Slot
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import PeftType, nearest
-from ..core.method import Param, generator_for, normal, register
+from ..core.method import register
+from ..core.param import Param, generator_for, normal
 from .method import PromptMethod
 from .prompt import Prompt
 

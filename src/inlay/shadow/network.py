@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.config import TaskType
-from ..core.method import full, generator_for
+from ..core.method import full
+from ..core.param import generator_for
 from . import flux
 from .base import WIDTH, embeddings, reads_embeddings, set_embeddings, width_of
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter
-from ...core.method import Additive, LowRank, biased, full
+from ...core.additive import Additive, LowRank
+from ...core.method import biased, full
 from ...core.method import folded as fold_at_strength
 from ...core.part import part
 from ...core.place import Place
