@@ -19,7 +19,8 @@ from inlay.core.attach import activate, detach
 from inlay.core.inlaid import adapters_of, session_of
 from inlay.operations.arithmetic import COMBINATIONS, Options, combination
 from inlay.operations.combine import add_weighted_adapter
-from inlay.operations.updates import cut, effects
+from inlay.operations.cutting import cut
+from inlay.operations.effects import effects
 
 SOME = acting("linear", "conv2d-groups", "embedding", "layer-norm", "experts-transposed", "attention", "tied", once=True)
 HOST = {"target_modules": ["host"]}

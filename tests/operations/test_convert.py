@@ -15,7 +15,7 @@ import inlay
 from inlay.core.attach import attach
 from inlay.core.inlaid import session_of
 from inlay.operations.convert import conversion
-from inlay.operations.updates import effects
+from inlay.operations.effects import effects
 
 LINEAR = BY_NAME["linear"]
 LAYOUTS = ("linear", "conv1d-gpt2", "conv2d-groups", "transpose2d-groups", "embedding", "layer-norm", "experts", "attention", "tied")

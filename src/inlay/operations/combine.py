@@ -20,8 +20,10 @@ from ..core.plan import Part
 from ..formats.state import adapter_tensors, fill, slots_of_parts
 from ..initializers.svd import precise
 from ..methods.ia3 import IA3Config
+from .adapter_of import config_for, put
 from .arithmetic import COMBINATIONS, DENSITY, Combination, Options, combination, linear
-from .updates import Effect, Key, Tokens, Update, base_and_configs, config_for, cut, effects, nothing, put
+from .cutting import cut
+from .effects import Effect, Key, Tokens, Update, base_and_configs, effects, nothing
 
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
 

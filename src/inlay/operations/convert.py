@@ -18,7 +18,9 @@ from ..formats.card import table, write_card
 from ..formats.folder import write_adapter
 from ..formats.state import PREFIX, key_in_file, slots_of_parts
 from ..methods.lora import LoraConfig
-from .updates import Update, base_and_configs, config_for, cut, effects, put
+from .adapter_of import config_for, put
+from .cutting import cut
+from .effects import Update, base_and_configs, effects
 
 
 @dataclass(frozen=True)

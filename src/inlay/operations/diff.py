@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..initializers.svd import singular_vectors, singular_vectors_of_product
-from .updates import EPS, Update, base_and_configs, effects
+from .cutting import EPS
+from .effects import Update, base_and_configs, effects
 
 # Dense updates are compared in this many directions of each, those of the largest singular values.
 DIRECTIONS = 16

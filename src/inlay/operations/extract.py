@@ -17,9 +17,11 @@ from ..core.targets import base_modules, site_at
 from ..formats.state import PREFIX, key_in_file, slots_of_parts
 from ..formats.streaming import Files
 from ..methods.lora import LoraConfig
+from .adapter_of import config_for, put
 from .convert import Converted
+from .cutting import cut
 from .disk_base import DiskBase, base_on_disk
-from .updates import Effect, Update, config_for, cut, nothing, put
+from .effects import Effect, Update, nothing
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ...core.site import Embedding, Linear, Site, Stack, TransposedLinear
 from ...formats.packed import Packed
 from ...formats.streaming import Entry
 from ..combine import combined
-from ..updates import effects
+from ..effects import effects
 from .plan import Combining, Plan, Unit
 
 
