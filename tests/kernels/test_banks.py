@@ -45,6 +45,20 @@ def test_drawn(shape: tuple[int, ...], bias: bool) -> None:
     same_gradients(mine, right, x, d, e)
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+def test_drawn_derivatives(rows: int) -> None:
+    torch.manual_seed(0)
+    w, a, b, noise = numbers(5, 8), numbers(2 * RANK, 8), numbers(5, RANK), numbers(rows, RANK)
+    leaves = tuple(t.requires_grad_() for t in (numbers(rows, 8), numbers(2 * RANK), numbers(5)))
+
+    def layer(x: Tensor, d: Tensor, e: Tensor) -> Tensor:
+        # An input of which others have multiplied the same with A.
+        return linear_plus_drawn(x.sin(), w, None, a, b, d, e, lambda like: noise.view(like.shape), SCALE)
+
+    assert torch.autograd.gradcheck(layer, leaves)
+    assert torch.autograd.gradgradcheck(layer, leaves, fast_mode=True)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(4,), (2, 3), (50,)])
 def test_routed(shape: tuple[int, ...], bias: bool) -> None:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from inlay.kernels import decomposed, lowrank
 from inlay.kernels.decomposed import linear_decomposed, row_squares
 from inlay.kernels.dropout import draw_bits, factors
+from inlay.kernels.gained import linear_plus_gained
 from inlay.kernels.lowrank import linear_plus_low_rank
 
 from .cases import KERNELS, SCALE, SHAPES, Kernel, gradients, low_rank_formula, tensors
@@ -71,6 +72,29 @@ def test_derivatives_through_dropout() -> None:
 
     assert torch.autograd.gradcheck(run, (x, a, b))
     assert torch.autograd.gradgradcheck(run, (x, a, b))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+@pytest.mark.parametrize("rows", [4, 40])
+def test_derivatives_behind_a_frozen_factor(rows: int, rate: float) -> None:
+    """The input is not kept, and differentiated twice all the same."""
+    x, w, bias, a, b = tensors(KERNELS["low rank"], (rows,))
+
+    def run(x: Tensor, b: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return linear_plus_low_rank(x, w, bias, a.detach(), b, SCALE, rate)
+
+    assert torch.autograd.gradcheck(run, (x, b))
+    assert torch.autograd.gradgradcheck(run, (x, b), fast_mode=True)
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_two_layers_of_one_input_go_backward_apart(retain: bool) -> None:
+    x, w, bias, a, b = tensors(KERNELS["low rank"], (4,))
+    hidden = x.sin()
+    outs = [linear_plus_gained(hidden, w, bias, a.detach(), b.detach(), b[0], b[:, 0], SCALE, 0.0) for _ in range(2)]
+    first, second = (torch.autograd.grad(y.sum(), hidden, retain_graph=retain)[0] for y in outs)
+    torch.testing.assert_close(first, second)
 
 
 def dropped_from_bits(bits: Tensor, rate: float, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .image import image
 from .lowrank import accumulate, compute_dtype, folding_pays, linear, rows_of, takes_the_formula
 
 
@@ -30,25 +31,24 @@ def linear_plus_core(
         inputs = (x if dropped is None else dropped).to(core.dtype)
         return torch.add(y, F.linear(F.linear(F.linear(inputs, a.to(core.dtype)), core), b.to(core.dtype)), alpha=scale).to(y.dtype)
     a, core, b = a.to(dtype), core.to(dtype), b.to(dtype)
+    u = image(x, a, dtype)
     if torch.is_grad_enabled():
-        return _LinearPlusCore.apply(x, w, bias, a, core, b, scale)
-    return _forward(x, w, bias, a, core, b, scale)[0]
+        return _LinearPlusCore.apply(x, u, w, bias, a, core, b, scale)
+    return _forward(x, u, w, bias, a, core, b, scale)
 
 
-def _forward(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, core: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    # With the long axis last: see `kernels.lowrank`.
-    u = a @ rows_of(x, a.dtype).t()
+def _forward(x: Tensor, u: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, core: Tensor, b: Tensor, scale: float) -> Tensor:
     if folding_pays(u.shape[1], w, a.dtype):
-        return linear(x, torch.addmm(w, b, core @ a, alpha=scale), bias), u
+        return linear(x, torch.addmm(w, b, core @ a, alpha=scale), bias)
     y = linear(x, w, bias)
     accumulate(y.view(-1, y.shape[-1]), (core @ u).t(), b.t().contiguous(), scale)
-    return y, u
+    return y
 
 
 class _LinearPlusCore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, core: Tensor, b: Tensor, scale: float) -> Tensor:
-        y, u = _forward(x, w, bias, a, core, b, scale)
+    def forward(ctx: Any, x: Tensor, u: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, core: Tensor, b: Tensor, scale: float) -> Tensor:
+        y = _forward(x, u, w, bias, a, core, b, scale)
         ctx.save_for_backward(u, w, a, core, b)
         ctx.scale = scale
         return y
@@ -56,13 +56,11 @@ class _LinearPlusCore(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         u, w, a, core, b = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            raise NotImplementedError("A second derivative needs the layer's input, of which only its coordinates are kept.")
         rows = rows_of(g, g.dtype)
         gu = (b.t().contiguous() @ rows.to(a.dtype).t()).mul_(ctx.scale)
         if rows.dtype == a.dtype and folding_pays(len(rows), w, a.dtype):
             dx = rows @ torch.addmm(w, b, core @ a, alpha=ctx.scale)
         else:
             dx = accumulate(rows @ w.to(rows.dtype), (core.t() @ gu).t(), a)
-        db = (core @ u @ rows.to(a.dtype)).mul_(ctx.scale).t() if ctx.needs_input_grad[5] else None
-        return dx.view(*g.shape[:-1], w.shape[1]), None, None, None, gu @ u.t(), db, None
+        db = (core @ u @ rows.to(a.dtype)).mul_(ctx.scale).t() if ctx.needs_input_grad[6] else None
+        return dx.view(*g.shape[:-1], w.shape[1]), None, None, None, None, gu @ u.t(), db, None

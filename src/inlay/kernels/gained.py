@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dropout import draw_bits, factors
+from .image import image
 from .lowrank import accumulate, compute_dtype, folding_pays, linear, rows_of, takes_the_formula
-from .once import product_with
 
 
 def linear_plus_gained(
@@ -34,14 +34,17 @@ def linear_plus_gained(
         y = F.linear(x, w, bias)
         dropped = (F.dropout(x, rate) if rate else x).to(d.dtype)
         return torch.add(y, F.linear(F.linear(dropped, a) * d, b) * e, alpha=scale).to(y.dtype)
-    bits = draw_bits(x, rate) if rate else None
+    bits, dtype = draw_bits(x, rate) if rate else None, compute_dtype(x, d)
+    trains = torch.is_grad_enabled() and (d.requires_grad or e.requires_grad)
+    u = image(x, a, dtype, rate, bits, common=True) if trains or not _folds(x, w, dtype, bits) else None
     if torch.is_grad_enabled():
-        return _LinearPlusGained.apply(x, w, bias, a, b, d, e, scale, rate, bits)
-    return _forward(x, w, bias, a, b, d, e, scale, rate, bits)[0]
+        return _LinearPlusGained.apply(x, u, w, bias, a, b, d, e, scale, rate, bits)
+    return _forward(x, u, w, bias, a, b, d, e, scale, bits)
 
 
 def _forward(
     x: Tensor,
+    u: Tensor | None,
     w: Tensor,
     bias: Tensor | None,
     a: Tensor,
@@ -49,26 +52,19 @@ def _forward(
     d: Tensor,
     e: Tensor,
     scale: float,
-    rate: float,
     bits: Tensor | None,
-    keeps: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """The output; and ``u``, where it is kept or needed."""
+) -> Tensor:
     dtype = compute_dtype(x, d)
-    rows = rows_of(x, dtype)
-    if bits is not None:
-        rows = factors(bits, rate, rows.shape, dtype).mul_(rows)
-    folds = bits is None and folding_pays(len(rows), w, dtype)
     a, b, d, e = (t.to(dtype) for t in (a, b, d, e))
-    u = None
-    if keeps or not folds:
-        u = product_with(x, a, dtype) if bits is None else a @ rows.t()
-    if folds:
-        return linear(x, torch.addmm(w, b * e.unsqueeze(1), a * d.unsqueeze(1), alpha=scale), bias), u
+    if _folds(x, w, dtype, bits):
+        return linear(x, torch.addmm(w, b * e.unsqueeze(1), a * d.unsqueeze(1), alpha=scale), bias)
     assert u is not None
     y = linear(x, w, bias)
-    accumulate(y.view(-1, y.shape[-1]), (u * d.unsqueeze(1)).t(), (b * e.unsqueeze(1)).t(), scale)
-    return y, u
+    return accumulate(y.view(-1, y.shape[-1]), (u * d.unsqueeze(1)).t(), (b * e.unsqueeze(1)).t(), scale).view(y.shape)
+
+
+def _folds(x: Tensor, w: Tensor, dtype: torch.dtype, bits: Tensor | None) -> bool:
+    return bits is None and folding_pays(x.numel() // x.shape[-1], w, dtype)
 
 
 class _LinearPlusGained(torch.autograd.Function):
@@ -76,6 +72,7 @@ class _LinearPlusGained(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        u: Tensor | None,
         w: Tensor,
         bias: Tensor | None,
         a: Tensor,
@@ -86,17 +83,14 @@ class _LinearPlusGained(torch.autograd.Function):
         rate: float,
         bits: Tensor | None,
     ) -> Tensor:
-        trains = any(ctx.needs_input_grad[5:7])
-        y, u = _forward(x, w, bias, a, b, d, e, scale, rate, bits, keeps=trains)
-        ctx.save_for_backward(w, a, b, d, e, u if trains else None, bits)
+        y = _forward(x, u, w, bias, a, b, d, e, scale, bits)
+        ctx.save_for_backward(w, a, b, d, e, u if any(ctx.needs_input_grad[6:8]) else None, bits)
         ctx.scale, ctx.rate, ctx.dtype = scale, rate, compute_dtype(x, d)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         w, a, b, d, e, u, bits = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            raise NotImplementedError("A second derivative needs the layer's input, which is not kept for a frozen pair.")
         dtype, scale = ctx.dtype, ctx.scale
         a, b, inner, outer = (t.to(dtype) for t in (a, b, d, e))
         rows = rows_of(g, dtype)
@@ -107,7 +101,7 @@ class _LinearPlusGained(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _input_gradient(rows_of(g, g.dtype), w, a * inner.unsqueeze(1), b * outer.unsqueeze(1), scale, ctx.rate, bits)
             dx = dx.view(*g.shape[:-1], a.shape[1])
-        return dx, None, None, None, None, dd, de, None, None, None
+        return dx, None, None, None, None, None, dd, de, None, None, None
 
 
 def _input_gradient(g: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float, rate: float, bits: Tensor | None) -> Tensor:

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dropout import draw_bits, factors
+from .image import image
+from .rows import rows_of as rows_of
 
 FEW_ROWS = 32
 
@@ -52,9 +54,11 @@ def linear_plus_low_rank(
         y = F.linear(x, w, bias)
         return torch.add(y, F.linear(F.linear(dropped, a), b), alpha=scale).to(y.dtype)
     bits = draw_bits(x, rate) if rate else None
+    # A frozen A lets u be kept in place of the input, so that is worth computing.
+    u = image(x, a, compute_dtype(x, a), rate, bits) if trained is None and not a.requires_grad else None
     if torch.is_grad_enabled():
-        return _LinearPlusLowRank.apply(x, w, bias, a, b, scale, rate, bits, *(trained or (None, None)))
-    return _forward(x, _made(w), bias, a, b, scale, rate, bits, keeps=not a.requires_grad and trained is None)[0]
+        return _LinearPlusLowRank.apply(x, u, w, bias, a, b, scale, rate, bits, *(trained or (None, None)))
+    return _forward(x, u, _made(w), bias, a, b, scale, rate, bits)[0]
 
 
 def _made(w: Tensor | Callable[[], Tensor]) -> Tensor:
@@ -116,21 +120,18 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
-def rows_of(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(dtype)
-
-
 def _forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float, bits: Tensor | None, keeps: bool
+    x: Tensor, u: Tensor | None, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, rate: float, bits: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The output, and ``u'`` where it was needed or is kept in place of the input."""
+    """The output, and ``u'`` where it was needed or is there already."""
     dtype = compute_dtype(x, a)
-    dropped = rows_of(x, dtype)
-    if bits is not None:
-        dropped = factors(bits, rate, dropped.shape, dtype).mul_(dropped)
-    elif not keeps and folding_pays(len(dropped), w, dtype):
-        return linear(x, torch.addmm(w, b, a, alpha=scale), bias), None
-    u = a.to(dtype) @ dropped.t()
+    if u is None:
+        dropped = rows_of(x, dtype)
+        if bits is not None:
+            dropped = factors(bits, rate, dropped.shape, dtype).mul_(dropped)
+        elif folding_pays(len(dropped), w, dtype):
+            return linear(x, torch.addmm(w, b, a, alpha=scale), bias), None
+        u = a.to(dtype) @ dropped.t()
     y = linear(x, w, bias)
     accumulate(y.view(-1, y.shape[-1]), u.t(), b.to(dtype).t().contiguous(), scale)
     return y, u
@@ -141,6 +142,7 @@ class _LinearPlusLowRank(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        u: Tensor | None,
         w: Tensor | Callable[[], Tensor],
         bias: Tensor | None,
         a: Tensor,
@@ -152,9 +154,8 @@ class _LinearPlusLowRank(torch.autograd.Function):
         b_trained: Tensor | None,
     ) -> Tensor:
         apart = a_trained is not None
-        _, _, _, a_trains, b_trains, *_ = ctx.needs_input_grad
-        # A frozen A lets u be kept in place of the input, so that is worth computing.
-        y, u = _forward(x, _made(w), bias, a, b, scale, rate, bits, keeps=not a_trains and not apart)
+        *_, a_trains, b_trains = ctx.needs_input_grad[:6]
+        y, u = _forward(x, u, _made(w), bias, a, b, scale, rate, bits)
         kept, ctx.restore = (w, None) if isinstance(w, Tensor) else (None, w)
         kept_u = u if b_trains and not apart else None
         ctx.save_for_backward(x if a_trains or apart else None, kept, a, b, kept_u, bits, a_trained, b_trained)
@@ -165,7 +166,7 @@ class _LinearPlusLowRank(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w, a, b, u, bits, *trained = ctx.saved_tensors
         apart = trained[0] is not None
-        x_trains, _, _, a_trains, b_trains, *_ = ctx.needs_input_grad
+        x_trains, *_, a_trains, b_trains = ctx.needs_input_grad[:6]
         if apart:
             *_, a_trains, b_trains = ctx.needs_input_grad
         dx = da = db = dropped = keep = None
@@ -180,16 +181,15 @@ class _LinearPlusLowRank(torch.autograd.Function):
         if a_trains:
             da = gu @ dropped
         if b_trains:
-            if u is None or torch.is_grad_enabled():
-                # A second derivative needs u as a function of what it came from.
-                if dropped is None:
-                    raise NotImplementedError("A second derivative needs the layer's input, which is not kept while A is frozen.")
+            if u is None or (dropped is not None and torch.is_grad_enabled()):
+                # A second derivative needs u as a function of what it came from; where A is frozen, it is.
+                assert dropped is not None
                 u = inner @ dropped.t()
             db = (u @ low).mul_(ctx.scale).t()
         if x_trains:
             w = w if ctx.restore is None else ctx.restore()
             dx = _input_gradient(rows, low, w, a, b, None if apart else gu, ctx.scale, keep).view(*g.shape[:-1], a.shape[1])
-        return dx, None, None, *((None, None) if apart else (da, db)), None, None, None, *((da, db) if apart else (None, None))
+        return dx, None, None, None, *((None, None) if apart else (da, db)), None, None, None, *((da, db) if apart else (None, None))
 
 
 def _input_gradient(

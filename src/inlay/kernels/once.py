@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .lowrank import rows_of
+from .rows import rows_of
 
 _products: WeakIdKeyDictionary = WeakIdKeyDictionary()
 

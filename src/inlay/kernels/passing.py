@@ -80,7 +80,8 @@ def linear_plus_shards(x: Tensor, w: Tensor, bias: Tensor | None, block: Tensor,
         sums = sums_of_shards(x.to(compute_dtype(x, block)), block.shape[-1])
         return torch.add(y, F.linear(sums, block), alpha=scale).to(y.dtype)
     if torch.is_grad_enabled():
-        return _LinearPlusShards.apply(x, w, bias, block, scale)
+        # Autograd knows how the sums come from the input, of which it keeps nothing for that: see `kernels.image`.
+        return _LinearPlusShards.apply(x, rows_of(sums_of_shards(x, block.shape[-1]), w.dtype), w, bias, block, scale)
     return linear(x, _with_shards(w, block, scale), bias)
 
 
@@ -90,8 +91,7 @@ def _with_shards(w: Tensor, block: Tensor, scale: float) -> Tensor:
 
 class _LinearPlusShards(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, block: Tensor, scale: float) -> Tensor:
-        sums = rows_of(sums_of_shards(x, block.shape[-1]), w.dtype)
+    def forward(ctx: Any, x: Tensor, sums: Tensor, w: Tensor, bias: Tensor | None, block: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(sums, w, block)
         ctx.scale = scale
         rows = len(sums)
@@ -104,9 +104,7 @@ class _LinearPlusShards(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         sums, w, block = ctx.saved_tensors
-        if torch.is_grad_enabled() and block.requires_grad:
-            raise NotImplementedError("A second derivative needs the layer's input, of which only sums are kept.")
         rows, width = rows_of(g, w.dtype), w.shape[1]
         dx = rows @ _with_shards(w, block, ctx.scale)
-        dblock = (rows.t() @ sums).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
-        return dx.view(*g.shape[:-1], width), None, None, dblock, None
+        dblock = (rows.t() @ sums).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
+        return dx.view(*g.shape[:-1], width), None, None, None, dblock, None
