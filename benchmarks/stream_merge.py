@@ -63,7 +63,7 @@ def make_adapter(base: Path, folder: Path, r: int, targets: str) -> None:
     from inlay import LoraConfig
     from inlay.core.attach import attach
     from inlay.formats.folder import write_adapter
-    from inlay.formats.state import key_in_file, slots_of_model
+    from inlay.formats.slots import key_in_file, slots_of_model
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))

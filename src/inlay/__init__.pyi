@@ -22,8 +22,8 @@ from .core.param import Param as Param
 from .core.targets import Explanation as Explanation
 from .core.targets import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from .core.targets import explain_targets as explain_targets
-from .formats.state import AdapterMismatch as AdapterMismatch
-from .formats.state import LoadReport as LoadReport
+from .formats.filling import AdapterMismatch as AdapterMismatch
+from .formats.filling import LoadReport as LoadReport
 from .functions import cast_mixed_precision_params as cast_mixed_precision_params
 from .functions import delete_adapter as delete_adapter
 from .functions import get_peft_config as get_peft_config

@@ -15,7 +15,7 @@ from .core.inlaid import places
 from .core.method import Method
 from .core.stores import store_of
 from .core.targets import bare_model
-from .formats.state import PREFIX
+from .formats.slots import PREFIX
 from .model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftMixedModel, PeftModel, require_input_gradients
 
 

@@ -20,8 +20,9 @@ from .core.retrained import Retrained
 from .core.rows import Order
 from .core.session import Session, carry_choices
 from .formats.card import write_card
+from .formats.filling import LoadReport, fill, warn_of
 from .formats.folder import hub_options, write_adapter
-from .formats.state import LoadReport, fill, slots_of_model, slots_of_parts, warn_of
+from .formats.slots import slots_of_model, slots_of_parts
 from .operations.strength import set_strength, with_strength
 from .signature import show_signature
 from .state_dict import get_peft_model_state_dict, load_peft_weights

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from .core.inlaid import session_of
 from .core.targets import bare_model
+from .formats.filling import LoadReport, fill
 from .formats.folder import read_tensors, weight_files
-from .formats.state import PREFIX, LoadReport, adapter_tensors, fill, slots_of_model
+from .formats.saving import adapter_tensors
+from .formats.slots import PREFIX, slots_of_model
 
 
 def get_peft_model_state_dict(

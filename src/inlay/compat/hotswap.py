@@ -26,7 +26,8 @@ from ..core.plan import Biases, Part, Plan, materialise
 from ..core.retrained import Retrained
 from ..core.targets import Target
 from ..core.tied import Tied
-from ..formats.state import PREFIX, AdapterMismatch, fill, slots, slots_of_parts
+from ..formats.filling import AdapterMismatch, fill
+from ..formats.slots import PREFIX, slots, slots_of_parts
 from ..operations.fitting import Seats, fitted, size_of
 from ..prompts import load_prompt
 from .functions import infer_device

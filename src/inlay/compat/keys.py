@@ -6,7 +6,7 @@ from typing import Any
 
 from ..core.method import METHODS
 from ..core.views import TunerLayer
-from ..formats.state import PREFIX, slots
+from ..formats.slots import PREFIX, slots
 
 
 def live_name(key: str, adapter_name: str, prefixes: tuple[str, ...]) -> str:

@@ -22,7 +22,7 @@ from ..core.targets import ALL_LINEAR, base_modules, is_meant, left_out
 
 if TYPE_CHECKING:
     from ..methods.lora import LoraConfig
-    from .state import Slot
+    from .slots import Slot
 
 
 class Stack(NamedTuple):

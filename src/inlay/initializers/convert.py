@@ -38,7 +38,7 @@ def as_plain_lora(
     from ..core.place import Place
     from ..core.targets import tied_paths
     from ..formats.folder import read_tensors, weight_files
-    from ..formats.state import PREFIX, key_in_file, slots
+    from ..formats.slots import PREFIX, key_in_file, slots
     from ..methods.lora import LoraConfig
 
     if not isinstance(config, LoraConfig):

@@ -17,7 +17,9 @@ from ..core.inlaid import adapters_of, places
 from ..core.method import Method, matches
 from ..core.param import generator_for
 from ..core.plan import Part
-from ..formats.state import adapter_tensors, fill, slots_of_parts
+from ..formats.filling import fill
+from ..formats.saving import adapter_tensors
+from ..formats.slots import slots_of_parts
 from ..initializers.svd import precise
 from ..methods.ia3 import IA3Config
 from .adapter_of import config_for, put

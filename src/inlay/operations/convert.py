@@ -16,7 +16,7 @@ from ..core.plan import Plan
 from ..core.targets import bare_model, tied_paths
 from ..formats.card import table, write_card
 from ..formats.folder import write_adapter
-from ..formats.state import PREFIX, key_in_file, slots_of_parts
+from ..formats.slots import PREFIX, key_in_file, slots_of_parts
 from ..methods.lora import LoraConfig
 from .adapter_of import config_for, put
 from .cutting import cut

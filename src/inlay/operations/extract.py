@@ -14,7 +14,7 @@ from ..core.method import full
 from ..core.plan import Plan
 from ..core.site import Site
 from ..core.targets import base_modules, site_at
-from ..formats.state import PREFIX, key_in_file, slots_of_parts
+from ..formats.slots import PREFIX, key_in_file, slots_of_parts
 from ..formats.streaming import Files
 from ..methods.lora import LoraConfig
 from .adapter_of import config_for, put

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import PeftConfig
-from ..formats.state import PREFIX
+from ..formats.slots import PREFIX
 from ..methods.lora import LoraConfig
 
 CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}

@@ -13,7 +13,9 @@ from ..core.attach import attach
 from ..core.config import PeftConfig
 from ..core.plan import Part, adapter_dtype
 from ..core.session import Session
-from ..formats.state import PREFIX, AdapterMismatch, LoadReport, Slot, adapter_tensors, fill, slots_of_model, slots_of_parts, warn_of
+from ..formats.filling import AdapterMismatch, LoadReport, fill, warn_of
+from ..formats.saving import adapter_tensors
+from ..formats.slots import PREFIX, Slot, slots_of_model, slots_of_parts
 from .method import PromptMethod, words_of
 from .prompt import Prompt
 

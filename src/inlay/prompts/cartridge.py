@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.config import PeftConfig, PeftType
 from ..core.method import register
 from ..core.param import Param, normal
-from ..formats.state import Slot
+from ..formats.slots import Slot
 from .cached import CachedMethod
 from .prefix_tuning import PrefixTuningConfig
 from .prompt import Prompt

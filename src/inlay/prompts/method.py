@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.config import PromptLearningConfig, TaskType
 from ..core.param import Param
-from ..formats.state import Slot
+from ..formats.slots import Slot
 from .inputs import before_forward, before_generate
 from .prompt import Prompt
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.param import Param, generator_for
-from ..formats.state import Slot
+from ..formats.slots import Slot
 
 if TYPE_CHECKING:
     from .method import PromptMethod

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...core.config import PeftConfig
 from ...core.method import Method
 from ...formats.folder import weight_files
-from ...formats.state import _file_key
+from ...formats.slots import bare_key
 from ...formats.streaming import AT_ONCE, Entry, Files, read_header
 
 
@@ -74,7 +74,7 @@ class Given(Mapping[str, tuple[str, Tensor]]):
     """An adapter's tensors by their bare keys, each read when it is asked for."""
 
     def __init__(self, adapter: AdapterFile) -> None:
-        self.adapter, self.own = adapter, {_file_key(key): key for key in adapter.keys}
+        self.adapter, self.own = adapter, {bare_key(key): key for key in adapter.keys}
 
     def __getitem__(self, key: str) -> tuple[str, Tensor]:
         return self.own[key], self.adapter.read(self.own[key])

@@ -21,7 +21,7 @@ from ...core.retrained import AnyPlace, Retrained
 from ...core.targets import base_modules
 from ...core.tied import Tied
 from ...formats.packed import READABLE, Packed
-from ...formats.state import Slot, _embedding_leaves, _said_twice, _with_name, key_in_file, slots
+from ...formats.slots import Slot, embedding_leaves, key_in_file, named_in_file, said_twice, slots
 from ...formats.streaming import DTYPES, NAMES, Checkpoint, Entry, Files, Planned, Shard
 from ..arithmetic import DENSITY, Combination, Options, combination
 from ..combine import _check as check_combination
@@ -294,7 +294,7 @@ class Plan:
                     raise TypeError(f"{adapter.source}: cannot be merged: {p.method.unmergeable}")
                 p.strength *= adapter.weight
             for slot in slots(place.path, place.in_file, place.name, p, adapter.name):
-                hit = next((k for k in (slot.key, _with_name(slot.key, adapter.name)) if k in given), None)
+                hit = next((k for k in (slot.key, named_in_file(slot.key, adapter.name)) if k in given), None)
                 if hit is None:
                     if slot.param is None or not slot.param.optional:
                         missing.append(key_in_file(slot))
@@ -320,12 +320,12 @@ class Plan:
         """Tensors of the base that were saved along: embeddings that were resized, or are adapted."""
         model, modules, unexpected = self.base.model, dict(base_modules(self.base.model)), []
         for hit in left:
-            if _said_twice(model, hit, given):
+            if said_twice(model, hit, given):
                 continue
             key = given.own[hit]
             path, _, leaf = hit.replace(".base_layer", "").rpartition(".")
             own = modules[path]._parameters.get(leaf) if path in modules else None
-            if own is None or path.rpartition(".")[2] not in _embedding_leaves(model):
+            if own is None or path.rpartition(".")[2] not in embedding_leaves(model):
                 unexpected.append(key)
             elif tuple(own.shape) != adapter.shape(key):
                 raise ValueError(f"{adapter.source}: {key!r} is {adapter.shape(key)} in its file and {tuple(own.shape)} in {self.folder}.")
