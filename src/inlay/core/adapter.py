@@ -113,6 +113,11 @@ class Adapter(nn.Module):
         return self._whole or self.site
 
     @property
+    def all_rows(self) -> bool:
+        """Whether it has all rows of its matrices, also where it is a part."""
+        return self._whole is None or self._whole.shape[-2] == self.site.shape[-2]
+
+    @property
     def shared(self) -> Any:
         return self._shared[0]
 

@@ -14,6 +14,7 @@ from .method import Method, full
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .inner import Inner
+    from .site import Site
 
 
 @dataclass
@@ -49,6 +50,13 @@ class Additive(Method):
     def delta_bias(self, p: Adapter) -> Tensor | None:
         """What is added to the bias, ``(out,)``."""
         return None
+
+    def apart(self, site: Site) -> tuple[str, ...]:
+        return ("out", "in")
+
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        """Along which axes `delta` follows from tensors that are cut as they are declared. Along others it is made whole, once."""
+        return ("batch",) if site.batch else ()
 
     @property
     def dropout(self) -> float:
@@ -95,6 +103,10 @@ class LowRank(Additive):
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """``A (*batch, r, in)`` and ``B (*batch, out, r)``."""
         raise NotImplementedError
+
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        # Factors are small, and made whole.
+        return ()
 
     def delta(self, p: Adapter) -> Tensor:
         a, b = self.factors(p)

@@ -44,6 +44,10 @@ class Decomposed(Additive):
         adapted = (getattr(p, self.magnitude) / v.norm(dim=-1).detach()).unsqueeze(-1) * v
         return (adapted if p.strength == 1 else torch.lerp(w, adapted, p.strength)), b
 
+    def apart(self, site: Site) -> tuple[str, ...]:
+        # The length of a row is one of all its columns.
+        return ("out",)
+
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         site = inner.site
         if p.strength != 1 or isinstance(site, Embedding) or site.size("channel") != site.size("out"):

@@ -37,8 +37,8 @@ class Rotation(Method):
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.turn(p, w), b
 
-    def rows_apart(self, site: Site) -> bool:
-        return True
+    def apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         if acts_on_last_axis(inner.site):

@@ -283,10 +283,11 @@ class Method(PeftConfig):
         dtype = inner.site.dtype
         return inner.site.apply(x, w.to(dtype), None if b is None else b.to(dtype))
 
-    def rows_apart(self, site: Site) -> bool:
-        """Whether the fold of some rows of the weight is those rows of the fold (of a stack: of some matrices), with the method's
-        tensors cut as they are declared. Such a weight can be merged in pieces, see `core.part`."""
-        return False
+    def apart(self, site: Site) -> tuple[str, ...]:
+        """Along which axes a weight can be folded, and so merged, in pieces (see `core.part`): ``"out"`` where the fold of some rows is
+        those rows of the fold, ``"in"`` where that holds for columns, with the method's tensors cut as they are declared. For the
+        matrices of a stack any answer stands but none."""
+        return ("batch",) if site.batch else ()
 
     # -- on whole modules --
     def ahead(self, p: Adapter, x: Tensor) -> Tensor:

@@ -121,10 +121,6 @@ class Loftq(Started):
         """What rounding takes from the weight."""
         return full(self.rounded(p)) - full(p.site.read()[0])
 
-    def rows_apart(self, site: Site) -> bool:
-        # What rounding lost belongs to all rows.
-        return False
-
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         lost = self._lost(p)
         new, b = super().fold(p, w + lost, b)

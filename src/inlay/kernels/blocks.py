@@ -38,11 +38,13 @@ def through_blocks(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def update_of_blocks(a: Tensor, b: Tensor) -> Tensor:
-    """The update as a matrix ``(*batch, out, in)``, of ``a (*batch, k, in / k, r)`` and ``b (*batch, k, r, out / k)``."""
-    k = a.shape[-3]
+    """The update as a matrix ``(*batch, out, in)``, of ``a (*batch, k, in / k, r)`` and ``b (*batch, k, r, out / k)``.
+
+    Of fewer pieces of the output, these are as many in ``b`` and parts of r in ``a``.
+    """
     # (*batch, k of the output, k of the input, ...)
-    left = b.unflatten(-2, (k, -1)).mT
-    right = a.unflatten(-1, (k, -1)).movedim(-2, -4).mT
+    left = b.unflatten(-2, (a.shape[-3], -1)).mT
+    right = a.unflatten(-1, (b.shape[-3], -1)).movedim(-2, -4).mT
     return (left @ right).transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 

@@ -56,8 +56,8 @@ class BeftConfig(Method):
         in_file = None if site.batch else (1, -1)
         return {"beft_bias": Param(("channel",), zeros if self.init_weights else normal(), file_shape=in_file)}
 
-    def rows_apart(self, site: Site) -> bool:
-        return True
+    def apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         v = p.beft_bias.to(w.dtype)

@@ -13,6 +13,7 @@ from ..core.config import PeftType, nearest
 from ..core.families import acts_on_last_axis
 from ..core.method import Method, full, register
 from ..core.param import Init, Param, normal, zeros
+from ..core.part import blocks_of
 from ..core.site import Site
 from ..kernels import lowrank
 from .spread import Spread
@@ -87,10 +88,14 @@ class C3AConfig(Spread):
         return (p.c3a_kernel,)
 
     def spread(self, p: Adapter, *values: Tensor) -> Tensor:
-        kernel = full(values[0]) / p.site.size("in")
+        blocks, rows = blocks_of(p, self.block_size)
+        kernel = full(values[0])[..., blocks, :, :] / p.site.size("in")
         # Row i of a block is the vector turned by i places to the right.
         turned = torch.cat((kernel, kernel), -1).unfold(-1, self.block_size, 1)[..., 1:, :].flip(-2)
-        return turned.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+        return turned.transpose(-3, -2).flatten(-2).flatten(-3, -2)[..., rows, :]
+
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
         """The transform of each block's gradient is the product of the transforms of its g and x."""

@@ -13,6 +13,7 @@ from ..kernels.lowrank import linear_plus_low_rank
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..core.inner import Inner
+    from ..core.site import Site
 
 
 class Conditioned(Method):
@@ -25,6 +26,10 @@ class Conditioned(Method):
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         right, left = self.factors(p, w)
         return w + left @ right, b
+
+    def apart(self, site: Site) -> tuple[str, ...]:
+        # The factors look at whole columns, at each by itself.
+        return ("in",)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         w, _ = inner.params()

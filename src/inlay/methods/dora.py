@@ -41,6 +41,10 @@ class Dora(LoraConfig):
         adapted = (p.lora_magnitude_vector / v.norm(dim=-1).detach()).unsqueeze(-1) * v
         return adapted if p.strength == 1 else torch.lerp(w, adapted, p.strength), b
 
+    def apart(self, site: Site) -> tuple[str, ...]:
+        # The length of a row is one of all its columns.
+        return ("out",)
+
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         site = inner.site
         if isinstance(site, Embedding) or site.size("channel") != site.size("out"):

@@ -87,15 +87,15 @@ class FourierFTConfig(Spread):
     def derive(self, p: Adapter) -> None:
         p.fourierft_places.copy_(random_places(self.random_loc_seed, p.site.size("out") * p.site.size("in"), self.n_frequency))
 
-    def rows_apart(self, site: Site) -> bool:
-        return True
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def values(self, p: Adapter) -> tuple[Tensor]:
         return (p.fourierft_spectrum,)
 
     def spread(self, p: Adapter, *values: Tensor) -> Tensor:
         out, inp = p.site.size("out"), p.site.size("in")
-        if p.whole is not p.site and not p.site.batch:
+        if not p.all_rows:
             return self._some_rows(p, *values)
         places, share, *_ = remembered(p.fourierft_places, half_plane, out, inp)
         (spectrum,) = values

@@ -45,8 +45,8 @@ class FullConfig(Additive):
             declared["diff_b"] = Param(("channel",))
         return declared
 
-    def rows_apart(self, site: Site) -> bool:
-        return True
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def delta(self, p: Adapter) -> Tensor:
         return p.diff

@@ -108,8 +108,8 @@ class GloraConfig(Method):
         # HF writes the zeros that stand for parts that are switched off.
         return {key: tensor for key, tensor in tensors.items() if not key.endswith(".zeros")}
 
-    def rows_apart(self, site: Site) -> bool:
-        return True
+    def apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self._mixed(p.site, w, b, {name: full(q) for name, q in p.named_parameters(recurse=False) if name in p.declared})

@@ -111,8 +111,21 @@ class GraloraConfig(Additive):
         values["gralora_B"] = padded(small.gralora_B, p.gralora_B.shape, k, -2)
         return {name: value * scale if "_B" in name else value for name, value in values.items()}
 
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
+
     def delta(self, p: Adapter) -> Tensor:
-        found = update_of_blocks(full(p.gralora_A), full(p.gralora_B))
+        a, b = full(p.gralora_A), full(p.gralora_B)
+        if p.all_rows:
+            found = update_of_blocks(a, b)
+        else:
+            a, height, start = a.unflatten(-1, (self.gralora_k, -1)), b.shape[-1], p.first_row
+            stop = start + p.site.size("out")
+            rows = [
+                update_of_blocks(a[..., i, :], b[i : i + 1, :, max(start - i * height, 0) : stop - i * height])
+                for i in range(start // height, -(-stop // height))
+            ]
+            found = torch.cat(rows)
         if self.hybrid_r:
             found = found + full(p.gralora_B_general) @ full(p.gralora_A_general)
         return self.scaling * found

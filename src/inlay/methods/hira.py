@@ -79,8 +79,11 @@ class HiraConfig(Spread):
         w = p.site.read()[0] if w is None else w
         return full(w) * (full(b) @ full(a))
 
-    def rows_apart(self, site: Site) -> bool:
-        return True
+    def apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
+
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return w + p.strength * self.spread(p, *self.values(p), w=w), b

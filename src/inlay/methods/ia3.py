@@ -90,8 +90,8 @@ class IA3Config(Method):
             shape = (-1, 1) if axis == "channel" else (1, -1)
         return Param((axis,), ones if self.init_ia3_weights else normal(), file_shape=shape)
 
-    def rows_apart(self, site: Site) -> bool:
-        return True
+    def apart(self, site: Site) -> tuple[str, ...]:
+        return "out", "in"
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         gains = p.ia3_l.to(w.dtype)

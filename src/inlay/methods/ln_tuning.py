@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -77,18 +77,20 @@ class LNTuningConfig(Method):
         declared: dict[str, Param] = {"ln_tuning_weight": Whole(("out", "in"), key="ln_tuning_layers.weight")}
         bias = site.bias()
         if bias is not None:
-            declared["ln_tuning_bias"] = Param(tuple(bias.shape), key="ln_tuning_layers.bias", batched=False)
+            declared["ln_tuning_bias"] = Param(("channel",), key="ln_tuning_layers.bias", file_shape=tuple(bias.shape))
         return declared
 
     def start(self, p: Adapter) -> None:
         w, b = p.site.read()
         p.ln_tuning_weight.data.copy_(w)
         if b is not None:
-            p.ln_tuning_bias.data.copy_(b)
+            p.ln_tuning_bias.data.copy_(b.view_as(p.ln_tuning_bias))
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        own: Any = p._parameters
-        return own["ln_tuning_weight"].to(w.dtype), own["ln_tuning_bias"].to(w.dtype) if "ln_tuning_bias" in own else b
+        return p.ln_tuning_weight.to(w.dtype), b if b is None else p.ln_tuning_bias.to(w.dtype).view_as(b)
+
+    def apart(self, site: Site) -> tuple[str, ...]:
+        return "out", "in"
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         if not isinstance(inner.site, Linear) or inner.dense is not None:

@@ -77,8 +77,8 @@ class LoHaConfig(Lycoris, LowRank):
             return a
         return a * (kept if self.decomposes(Frame.of(p.site)) else kept.unsqueeze(-1))
 
-    def rows_apart(self, site: Site) -> bool:
-        return True
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def delta(self, p: Adapter) -> Tensor:
         return self._delta(p, self._first(p))

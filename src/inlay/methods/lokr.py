@@ -18,6 +18,7 @@ from ..core.config import PeftType
 from ..core.families import acts_on_last_axis
 from ..core.method import Method, full, padded, register
 from ..core.param import Init, Param, kaiming_uniform, zeros
+from ..core.part import blocks_of
 from ..core.site import Site
 from ..kernels.kronecker import kronecker, linear_plus_kronecker, times_kronecker
 from .lycoris import Frame, Lycoris, as_matrix, core_uniform, tensor_of, tucker
@@ -139,21 +140,20 @@ class LoKrConfig(Lycoris):
             return tucker(p.lokr_t2, p.lokr_w2_a, p.lokr_w2_b).flatten(1)
         return p.lokr_w2_a @ p.lokr_w2_b
 
-    def rows_apart(self, site: Site) -> bool:
-        return True
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def delta(self, p: Adapter) -> Tensor:
         return self._delta(p)
 
     def _delta(self, p: Adapter, kept: Tensor | None = None) -> Tensor:
         w1, w2 = full(self._w1(p)), full(self._w2(p))
-        if p.whole is p.site or p.site.batch:
+        if p.all_rows:
             product = kronecker(w1, w2)
         else:
-            # Only the rows of w1 that some of the rows are made of.
-            height, start, stop = w2.shape[-2], p.first_row, p.first_row + p.site.size("out")
-            first = start // height
-            product = kronecker(w1[first : -(-stop // height)], w2)[start - first * height : stop - first * height]
+            # Only the rows of w1 that the rows are made of.
+            blocks, rows = blocks_of(p, w2.shape[-2])
+            product = kronecker(w1[blocks], w2)[rows]
         return self.scaling * as_matrix(p.site, product if kept is None else product * kept.unsqueeze(-1))
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:

@@ -321,10 +321,6 @@ class LoraConfig(Started):
             return (zeros, normal()) if init else (normal(), normal())
         return gaussian(self.r) if init == "gaussian" else uniform(bool(init))
 
-    def rows_apart(self, site: Site) -> bool:
-        # Variants and starts that make the factors in another way may take all rows together.
-        return type(self).factors is Started.factors and type(self).whole is Started.whole
-
     def delta_bias(self, p: Adapter) -> Tensor | None:
         if not self.lora_bias:
             return None

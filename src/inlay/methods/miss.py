@@ -16,6 +16,7 @@ from ..core.config import PeftType
 from ..core.families import acts_on_last_axis
 from ..core.method import Method, full, register
 from ..core.param import Param, kaiming_uniform, zeros
+from ..core.part import blocks_of
 from ..core.site import Site
 from ..kernels.passing import linear_plus_shards, linear_through, side_by_side, sums_of_shards
 
@@ -111,11 +112,12 @@ class MissConfig(Additive):
         block = getattr(p, f"{self.prefix}block").mT
         if self.init_weights != "mini":
             return block
-        return block.repeat(*(1 for _ in p.site.batch), p.site.size("out") // self.mini_r, 1)
-
-    def rows_apart(self, site: Site) -> bool:
         # The rows of a small block are repeated.
-        return self.init_weights != "mini" or bool(site.batch)
+        blocks, rows = blocks_of(p, self.mini_r)
+        return block.repeat(*(1 for _ in p.site.batch), blocks.stop - blocks.start, 1)[..., rows, :]
+
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def delta(self, p: Adapter) -> Tensor:
         return side_by_side(self.block(p), p.site.size("in"))
@@ -148,12 +150,17 @@ class Bat(MissConfig):
             )
         return Method.padded(self, p, small)
 
-    def rows_apart(self, site: Site) -> bool:
-        # It multiplies blocks of rows, which a stack has in matrices of their own.
-        return bool(site.batch)
+    def apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
+
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self._multiplied(w, getattr(p, f"{self.prefix}block"), p.strength), b
+        blocks, rows = blocks_of(p, self.r)
+        # What lacks in the first and the last block is filled up.
+        w = F.pad(w, (0, 0, rows.start, -rows.stop % self.r)) if not p.all_rows else w
+        return self._multiplied(w, getattr(p, f"{self.prefix}block")[..., blocks, :, :], p.strength)[..., rows, :], b
 
     def _multiplied(self, w: Tensor, blocks: Tensor, strength: float = 1.0) -> Tensor:
         # (*batch, out / r, in / r, r, r)

@@ -153,9 +153,9 @@ class OFTConfig(Rotation):
         split = rows.unflatten(-1, (-1, blocks.shape[-1])).transpose(-3, -2)
         return (split @ (blocks if inverse else blocks.mT)).transpose(-3, -2).flatten(-2)
 
-    def rows_apart(self, site: Site) -> bool:
-        # Of an embedding it turns the rows themselves.
-        return not isinstance(site, Embedding)
+    def apart(self, site: Site) -> tuple[str, ...]:
+        # Of an embedding it turns what is looked up.
+        return ("in",) if isinstance(site, Embedding) else ("out",)
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return (self.turn(p, w.mT, inverse=True).mT if isinstance(p.site, Embedding) else self.turn(p, w)), b

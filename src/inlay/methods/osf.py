@@ -155,6 +155,9 @@ class OSFConfig(Additive):
         v = within(p.osf_V_low.mT, p.osf_V, self._narrow(inner, out, kept)).mT
         return v, u * p.osf_S_low.unsqueeze(-2)
 
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
+
     def delta(self, p: Adapter) -> Tensor:
         v, u = self.factors(p)
         w, _ = p.site.read()

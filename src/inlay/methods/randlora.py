@@ -112,7 +112,7 @@ class RandLoraConfig(Spread):
         The columns of B go basis by basis and the rows of the sum's right side gain by gain; so HF pairs them, and any pairing of
         random numbers is as good.
         """
-        short, long = sorted((p.site.size("out"), p.site.size("in")))
+        short, long = sorted((p.whole.size("out"), p.whole.size("in")))
         a, b = p.shared.randlora_A[:, :, :short], p.shared.randlora_B[:long, : self._bases(short)]
         return a.to(dtype), b.flatten(1).to(dtype)
 
@@ -143,8 +143,15 @@ class RandLoraConfig(Spread):
     def spread(self, p: Adapter, *values: Tensor) -> Tensor:
         lambda_, gamma = map(full, values)
         a, b = self._corners(p, lambda_.dtype)
+        tall, rows = p.whole.size("in") <= p.whole.size("out"), slice(p.first_row, p.first_row + p.site.size("out"))
+        if not tall:
+            # Rows of the update are columns of the gains.
+            a, gamma = a[..., rows], gamma[..., rows]
         right = (self.scaling * lambda_.unsqueeze(-1) * a * gamma.unsqueeze(-3)).flatten(-3, -2)
-        return b @ right if p.site.size("in") <= p.site.size("out") else right.mT @ b.mT
+        return b[rows] @ right if tall else right.mT @ b.mT
+
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         # The weight's whole gradient at once: what follows is as much work for some of its rows as for all.

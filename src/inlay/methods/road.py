@@ -107,6 +107,10 @@ class RoadConfig(Method):
         turned = formula(rows, straight.unsqueeze(-2), across.unsqueeze(-2), group).mT.reshape(w.shape)
         return turned, None if b is None else formula(b.reshape(straight.shape), straight, across, group).reshape(b.shape)
 
+    def apart(self, site: Site) -> tuple[str, ...]:
+        # It turns columns.
+        return ("in",)
+
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         site = inner.site
         if not isinstance(site, (Linear, TransposedLinear, _AnyConv)):

@@ -13,8 +13,8 @@ from ..core.config import PeftType
 from ..core.method import Method, register
 from ..core.param import Param, normal, zeros
 from ..core.site import Site
-from ..kernels.spread import remembered, sampled, scattered
-from .spread import Spread
+from ..kernels.spread import remembered, sampled
+from .spread import Spread, entries
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -101,17 +101,12 @@ class ShiraConfig(Spread):
     def values(self, p: Adapter) -> tuple[Tensor]:
         return (p.shira_weight,)
 
-    def rows_apart(self, site: Site) -> bool:
-        return True
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def spread(self, p: Adapter, *values: Tensor) -> Tensor:
         inp = p.site.size("in")
-        if p.whole is not p.site and not p.site.batch:
-            row, column = p.shira_indices.long()
-            here = (row >= p.first_row) & (row < p.first_row + p.site.size("out"))
-            flat = (row[here] - p.first_row) * inp + column[here]
-            return scattered(values[0][here], flat, (p.site.size("out"), inp))
-        return scattered(values[0], _flat(p.shira_indices, inp), (p.site.size("out"), inp))
+        return entries(p, values[0], _flat(p.shira_indices, inp), inp)
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
         return (sampled(g.t(), x.t(), remembered(p.shira_indices, _flat, x.shape[-1])),)

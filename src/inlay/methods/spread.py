@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..core.additive import Additive, add
 from ..core.families import acts_on_last_axis
 from ..kernels.lowrank import takes_the_formula
-from ..kernels.spread import linear_plus_spread, piecewise
+from ..kernels.spread import linear_plus_spread, piecewise, scattered
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -69,3 +69,13 @@ class Spread(Additive):
             return False
         w, bias = inner.dense if inner.dense is not None else (values[0].detach(), None)
         return values[0].dtype in (torch.float32, torch.float64) and not takes_the_formula(x, w, bias)
+
+
+def entries(p: Adapter, values: Tensor, places: Tensor, width: int) -> Tensor:
+    """The values at flat places among the rows of the weight, ``(*batch, out, width)``; of a part those in its rows."""
+    shape = p.site.size("out"), width
+    if p.all_rows:
+        return scattered(values, places, shape)
+    places = places.long() - p.first_row * width
+    here = (places >= 0) & (places < shape[0] * width)
+    return scattered(values[here], places[here], shape)

@@ -14,8 +14,8 @@ from ..core.config import PeftType
 from ..core.method import Method, full, register
 from ..core.param import Param, kaiming_uniform, normal, zeros
 from ..core.site import Site
-from ..kernels.spread import sampled, scattered
-from .spread import Spread
+from ..kernels.spread import sampled
+from .spread import Spread, entries
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -109,7 +109,10 @@ class SupertuningConfig(Spread):
         return (p.supertuning_values,)
 
     def spread(self, p: Adapter, *values: Tensor) -> Tensor:
-        return scattered(values[0], p.supertuning_indices, (p.site.size("out"), p.site.size("in")))
+        return entries(p, values[0], p.supertuning_indices, p.site.size("in"))
+
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
         return (sampled(g.t(), x.t(), p.supertuning_indices),)
@@ -119,10 +122,10 @@ class SupertuningConfig(Spread):
         return self.lora_alpha / self.r if self.r and self.lora_alpha else 0.0
 
     def delta(self, p: Adapter) -> Tensor:
-        entries = super().delta(p)
+        found = super().delta(p)
         if self.r is None:
-            return entries
-        return entries + self.scaling * (full(p.supertuning_lora_B) @ full(p.supertuning_lora_A))
+            return found
+        return found + self.scaling * (full(p.supertuning_lora_B) @ full(p.supertuning_lora_A))
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         y = super().around(p, inner, x)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..core.config import PeftType
 from ..core.families import acts_on_last_axis
@@ -100,6 +101,10 @@ class TrainableTokensConfig(Method):
             return w.index_copy(1, self._index(w), new.mT), b
         return w.index_copy(0, self._index(w), new), b
 
+    def apart(self, site: Site) -> tuple[str, ...]:
+        # The tokens are counted along the other axis.
+        return (_axes(site)[1],)
+
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         site = inner.site
         if not isinstance(site, Embedding):
@@ -107,7 +112,8 @@ class TrainableTokensConfig(Method):
         new = p.trainable_tokens_delta
         match = x.unsqueeze(-1) == self._index(x)
         y = inner(x)
-        rows = site.scaled(new[match.to(torch.uint8).argmax(-1)].to(y.dtype))
+        # As an embedding, whose gradient sums over the places of a token far faster than that of an index does.
+        rows = site.scaled(F.embedding(match.to(torch.uint8).argmax(-1), new).to(y.dtype))
         return torch.where(match.any(-1, keepdim=True), rows, y)
 
     def around_transposed(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:

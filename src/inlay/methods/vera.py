@@ -86,10 +86,7 @@ class VeraConfig(LowRank):
         """What this layer uses of A and B, one copy for each matrix of a batch."""
         site, like = p.site, p.vera_lambda_d
         a = corner(p.shared.vera_A, site, self.r, site.size("in"), like)
-        return a, corner(p.shared.vera_B[p.first_row :], site, site.size("out"), self.r, like)
-
-    def rows_apart(self, site: Site) -> bool:
-        return True
+        return a, corner(p.shared.vera_B, site, site.size("out"), self.r, like)
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         a, b = self._corners(p)

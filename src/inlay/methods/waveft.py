@@ -17,7 +17,7 @@ from ..core.site import Site
 from ..kernels.spread import remembered, sampled, scattered
 from ..kernels.wavelets import LOW_PASS, analysis, padding, synthesis, waves
 from .fourierft import check_places, places_param, random_places, too_many
-from .spread import Spread
+from .spread import Spread, entries
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -118,7 +118,9 @@ class WaveFTConfig(Spread):
         (spectrum,) = values
         spectrum = self.scaling * full(spectrum)
         if not self.use_idwt:
-            return scattered(spectrum, p.waveft_places, (out, inp))
+            return entries(p, spectrum, p.waveft_places, inp)
+        if not p.all_rows:
+            return self._some_rows(p, spectrum)
         if len(LOW_PASS[self.wavelet_family]) == 2:
             # The shortest wavelets are four numbers each.
             places, numbers = remembered(p.waveft_places, _short_waves, out, inp, self.wavelet_family)
@@ -126,6 +128,19 @@ class WaveFTConfig(Spread):
         coefficients = scattered(spectrum, _in_bands(p.waveft_places, out, inp, self.wavelet_family), self._padded(out, inp))
         rows = synthesis(coefficients, self.wavelet_family)[..., :out, :]
         return synthesis(rows, self.wavelet_family, dim=-1)[..., :inp]
+
+    def _some_rows(self, p: Adapter, spectrum: Tensor) -> Tensor:
+        """The same for a part of the rows: down the columns, the few wavelets are added up one by one."""
+        out, inp = p.whole.size("out"), p.site.size("in")
+        _, wide = self._padded(out, inp)
+        places = _in_bands(p.waveft_places, out, inp, self.wavelet_family)
+        row, down = waves(places // wide, out, self.wavelet_family)
+        numbers, places = spectrum.unsqueeze(-1) * down.to(spectrum), row * wide + (places % wide).unsqueeze(-1)
+        found = entries(p, numbers.flatten(), places.flatten(), wide)
+        return synthesis(found, self.wavelet_family, dim=-1)[..., :inp]
+
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
 
     def _padded(self, out: int, inp: int) -> tuple[int, int]:
         return _even(out + padding(self.wavelet_family)), _even(inp + padding(self.wavelet_family))

@@ -12,7 +12,7 @@ from ...core.adapter import Adapter
 from ...core.additive import Additive, LowRank
 from ...core.method import biased, full
 from ...core.method import folded as fold_at_strength
-from ...core.part import part
+from ...core.part import Parts, axes_apart
 from ...core.place import Place
 from ...core.retrained import Retrained
 from ...core.site import Embedding, Linear, Site, Stack, TransposedLinear
@@ -121,7 +121,7 @@ def apart(plan: Plan, unit: Unit) -> Place | None:
         return None
     if sum(n in base.group_of for n in base.aliases.get(name, ())) > 1:
         return None
-    return place if all(_only_adds(p) or p.method.rows_apart(site) for p in place.adapters.values()) else None
+    return place if all(_only_adds(p) or axes_apart(p)[:1] in (("out",), ("batch",)) for p in place.adapters.values()) else None
 
 
 def in_rows(site: Site, stored: Entry) -> bool:
@@ -192,10 +192,10 @@ class Rowwise:
     """What an adapter makes of rows."""
 
     def __init__(self, p: Adapter) -> None:
-        self.p = p
+        self.parts = Parts(p, axes_apart(p)[0])
 
     def fold(self, w: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
-        p = part(self.p, rows)
+        p = self.parts[rows]
         return fold_at_strength(p, w, biased(p, b))
 
 
