@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.stores import Store
 from ..formats.folder import read_json
-from ..formats.packed import READABLE, Packed, packed
+from ..formats.packed import READABLE, Packed, packed, quantised
 from ..formats.streaming import Checkpoint, Files
 from ..quantize import quantizable
 
@@ -52,6 +52,7 @@ class Group:
         converter: what transformers does with them; None where they are taken as they are.
         first: the name by which the conversion is called.
         patterns: which of the conversion's patterns each key follows.
+        kept_as: the keys in the files, where `keys` are others.
     """
 
     keys: list[str]
@@ -59,6 +60,32 @@ class Group:
     converter: Any = None
     first: str = ""
     patterns: dict[str, str] = field(default_factory=dict)
+    kept_as: dict[str, str] = field(default_factory=dict)
+
+    def some(self, which: slice) -> Group:
+        """Some matrices of a stack that the files keep one by one, under the keys of the first ones: a conversion counts from 0."""
+        (name, target), by_pattern = next(iter(self.targets.items())), dict[str, list[str]]()
+        for key in self.keys:
+            by_pattern.setdefault(self.patterns[key], []).append(key)
+        kept_as = {first: key for keys in by_pattern.values() for first, key in zip(keys, keys[which], strict=False)}
+        patterns = {key: self.patterns[key] for key in kept_as}
+        return Group(list(kept_as), {name: target[which]}, self.converter, self.first, patterns, kept_as)
+
+    def is_stack(self, base: DiskBase) -> bool:
+        """Whether `some` matrices can be converted without the others, there and back."""
+        if self.converter is None or len(self.targets) != 1:
+            return False
+        count = next(iter(self.targets.values())).shape[0]
+        if any(list(self.patterns.values()).count(pattern) != count for pattern in self.patterns.values()):
+            return False
+        one, tensors = self.some(slice(0, 1)), base.checkpoint.tensors
+        try:
+            found = one.convert({key: tensors[kept].meta() for key, kept in one.kept_as.items()}, base.model)
+            back = one.revert(dict(found), base.model, base.key_of(one))
+        except (NotImplementedError, RuntimeError, ValueError, KeyError, IndexError):
+            return False
+        fits = {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in one.targets.items()}
+        return fits and all(t.shape == tensors[one.kept_as[key]].shape for key, t in back.items())
 
     def convert(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
         """The model's tensors from the files'."""
@@ -250,18 +277,14 @@ class DiskBase:
             self._held = None
 
 
-def quantised(folder: Path, why: str) -> str:
-    """What to do about a base that is quantised in a way that cannot be read."""
-    return (
-        f"{folder} is quantised ({why}), and these files cannot be read without the library that wrote them. Give the folder of the "
-        "original, dense weights (--base-dtype original --original FOLDER; the adapter fits them, and what it learned is kept in "
-        "full), or load the model and use `merge_and_unload(base='dequantized')`."
-    )
+def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """How a model is quantised, by its config.json; None where it is not."""
+    return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:
-    """How a model is quantised, by its config.json; None where it is not."""
-    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    """What a model is quantised by, by its config.json; None where it is not."""
+    found = quantisation_config(config)
     return str(found.get("quant_method", "see quantization_config in its config.json")) if found else None
 
 
@@ -289,7 +312,7 @@ def open_checkpoint(checkpoint: Checkpoint, config: Mapping[str, Any], files: Fi
         raise ValueError(quantised(checkpoint.folder, how))
     text = config.get("text_config") or {}
     named = next((str(d) for d in (config.get("dtype"), config.get("torch_dtype"), text.get("dtype")) if d), "float32")
-    return packed(checkpoint, files, getattr(torch, named.removeprefix("torch.")))
+    return packed(checkpoint, quantisation_config(config) or {}, files, getattr(torch, named.removeprefix("torch.")))
 
 
 def base_on_disk(folder: Path, files: Files) -> DiskBase:

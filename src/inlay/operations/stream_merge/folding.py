@@ -9,17 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter
-from ...core.additive import Additive, LowRank
 from ...core.method import biased, full
-from ...core.method import folded as fold_at_strength
-from ...core.part import Parts, axes_apart
 from ...core.place import Place
-from ...core.retrained import Retrained
-from ...core.site import Embedding, Linear, Site, Stack, TransposedLinear
-from ...formats.packed import Packed
-from ...formats.streaming import Entry
+from ...core.retrained import AnyPlace, Retrained
 from ..combine import combined
-from ..effects import effects
+from ..disk_base import Group
+from ..effects import Effect, effects
+from .pieces import Pieces, lying, of_adapter, of_update
 from .plan import Combining, Plan, Unit
 
 
@@ -63,89 +59,117 @@ def filled(plan: Plan, unit: Unit) -> Iterator[None]:
             table.update(old)
 
 
-def folded(plan: Plan, unit: Unit) -> dict[str, Tensor]:
-    """What becomes of a unit's tensors, by their names in the model."""
-    if plan.combining is not None:
-        return one_change(plan, unit, plan.combining)
-    found: dict[str, Tensor] = {}
-    for place in unit.places:
-        base = f"{place.path}." if place.path else ""
+class Folds:
+    """What becomes of the tensors of a unit whose adapters are `filled`."""
+
+    def __init__(self, plan: Plan, unit: Unit) -> None:
+        self.plan, self.unit = plan, unit
+        self.at = {name: place for place in unit.places for name in plan.touched(place) if name not in plan.following}
+        self.effect = None if plan.combining is None else one_change(plan, unit, plan.combining)
+        # What folding a place has given beside what was asked for.
+        self.found: dict[str, Tensor] = {}
+
+    def source(self, name: str) -> str:
+        """The name under which a tensor's adapters are."""
+        return self.plan.base.canonical(name) if name in self.plan.following else name
+
+    def take(self, name: str) -> Tensor:
+        """What becomes of a tensor of the model, which is computed whole."""
+        base, source = self.plan.base, self.source(name)
+        place = self.at.get(source)
+        if source not in self.found and place is not None:
+            self.found |= self._folded(place, source)
+        return self.found.pop(source) if source in self.found else base.fetch(base.canonical(name))
+
+    def stays(self, name: str) -> bool:
+        """Whether a tensor of the files is what it was."""
+        base = self.plan.base
+        return self.source(name) not in self.at and base.canonical(name) not in base.values
+
+    def outputs(self) -> Iterator[tuple[Group | None, list[str]]]:
+        """The model's tensors, together where the files keep them so, each with its place in the files; biases come last."""
+        found: list[tuple[Group | None, list[str]]] = [(group, list(group.targets)) for group in self.unit.groups]
+        found += [(None, [name]) for name in self.unit.new]
+        biases = {f"{p.path}.{p.site.bias_name}" for p in self.unit.places if isinstance(p, Place)}
+        yield from sorted(found, key=lambda output: output[1][0] in biases)
+
+    def pieces(self, name: str, packs: bool) -> Pieces | None:
+        """How a weight can be made in pieces; None where it cannot.
+
+        Args:
+            packs: it stays quantised.
+        """
+        place = self.at.get(self.source(name))
+        if not isinstance(place, Place) or name.rpartition(".")[2] != place.site.name:
+            return None
+        lies = lying(self.plan, place.site, packs)
+        if lies is None:
+            return None
+        if self.effect is not None:
+            update = self.effect.weights.get((place.path, place.name))
+            return Pieces(place, lies, [] if update is None else [of_update(update, lies.axis)])
+        steps = [of_adapter(place.adapters[n], lies.axis) for n in place.here(self.plan.order)]
+        return None if None in steps else Pieces(place, lies, [step for step in steps if step is not None])
+
+    def keep_bias(self, place: Place, b: Tensor | None) -> None:
+        """What became of the bias while the weight was made in pieces."""
+        b = b if self.effect is None else self.bias(place)
+        if b is not None:
+            self.found |= bias_of(self.plan, place, b)
+
+    def bias(self, place: Place) -> Tensor | None:
+        """The bias of a place whose adapters leave the weight alone, or have become one change."""
+        b = place.site.bias()
+        b = None if b is None else full(b)
+        if self.effect is not None:
+            key = (place.path, place.name)
+            update = self.effect.weights.get(key)
+            change = self.effect.biases.get(key) if update is None else update.bias
+            return b if change is None else full(change) if b is None else b + full(change)
+        for name in place.here(self.plan.order):
+            b = biased(place.adapters[name], b)
+        return b
+
+    def _folded(self, place: AnyPlace, name: str) -> dict[str, Tensor]:
+        plan, prefix = self.plan, f"{place.path}." if place.path else ""
         if isinstance(place, Retrained):
-            for key, tensor in place.adapters[place.here(plan.order)[-1]].state_dict().items():
-                found[base + key] = tensor.to(plan.shape(base + key)[1])
-            continue
+            return self._retrained(place, prefix)
         site = place.site
-        if base + site.name in plan.following:
-            continue
-        found |= _named(plan, place, *place.fold(plan.order))
-    return found
+        if prefix + site.name not in self.at:
+            b = self.bias(place)
+            return {} if b is None else bias_of(plan, place, b)
+        if self.effect is None:
+            w, b = place.fold(plan.order)
+        else:
+            w, update = full(site.read()[0]), self.effect.weights.get((place.path, place.name))
+            w, b = w if update is None else w + full(update.matrix()), self.bias(place)
+        group = plan.base.group_of.get(prefix + site.name)
+        packed = group is not None and group.converter is None and plan.keeps(plan.checkpoint.tensors[group.keys[0]])
+        found = {prefix + site.name: site.raw(w) if packed else site.raw(w).to(plan.dtype(site.dtype))}
+        return found if b is None else found | bias_of(plan, place, b)
+
+    def _retrained(self, place: Retrained, prefix: str) -> dict[str, Tensor]:
+        plan = self.plan
+        if self.effect is None:
+            own = place.adapters[place.here(plan.order)[-1]].state_dict()
+            return {prefix + key: tensor.to(plan.dtype(plan.shape(prefix + key)[1])) for key, tensor in own.items()}
+        found = {}
+        for key, change in self.effect.modules.get(place.path, {}).items():
+            module = place.module.get_submodule(key.rpartition(".")[0])
+            own: Any = (module._parameters | module._buffers)[key.rpartition(".")[2]]
+            found[prefix + key] = (full(own) + change).to(plan.dtype(own.dtype))
+        return found
 
 
-def one_change(plan: Plan, unit: Unit, by: Combining) -> dict[str, Tensor]:
-    """The same where all adapters become one change first."""
+def one_change(plan: Plan, unit: Unit, by: Combining) -> Effect:
+    """What all adapters of a unit amount to where they become one change first."""
     effect = combined(effects(plan.base.model, plan.order, unit.places), by.weights, by.chosen, by.options, None, None, by.seed)
     for path, tokens in effect.tokens.items():
         effect.weights[path, tokens.site.name] = tokens.update(path)
-    found: dict[str, Tensor] = {}
-    for place in unit.places:
-        if isinstance(place, Retrained):
-            for key, change in effect.modules.get(place.path, {}).items():
-                module = place.module.get_submodule(key.rpartition(".")[0])
-                own: Any = (module._parameters | module._buffers)[key.rpartition(".")[2]]
-                found[f"{place.path}.{key}"] = (full(own) + change).to(own.dtype)
-            continue
-        key = (place.path, place.name)
-        update = effect.weights.get(key)
-        bias = update.bias if update is not None else effect.biases.get(key)
-        w, b = place.site.read()
-        w = full(w) if update is None else full(w) + full(update.matrix())
-        found |= _named(plan, place, w, b if bias is None else bias if b is None else full(b) + full(bias))
-    return {name: tensor for name, tensor in found.items() if name not in plan.following}
+    return effect
 
 
-def apart(plan: Plan, unit: Unit) -> Place | None:
-    """The place of a unit that changes one weight whose rows can be folded apart, so that it can be done in pieces."""
-    if plan.combining is not None:
-        return None
-    acting = [p for p in unit.places if not isinstance(p, Place) or f"{p.path}.{p.site.name}" not in plan.following]
-    if len(acting) != 1 or unit.new or not isinstance(place := acting[0], Place):
-        return None
-    site, base = place.site, plan.base
-    if type(site) not in (Linear, TransposedLinear, Embedding, Stack):
-        return None
-    name = base.names.get(id(site.module._parameters.get(site.name)))
-    if name is None or name in base.values or name not in base.group_of or any(g.converter is not None for g in unit.groups):
-        return None
-    stored = plan.checkpoint.tensors[base.group_of[name].keys[0]]
-    if plan.keeps(stored) and not in_rows(site, stored):
-        return None
-    if sum(n in base.group_of for n in base.aliases.get(name, ())) > 1:
-        return None
-    return place if all(_only_adds(p) or axes_apart(p)[:1] in (("out",), ("batch",)) for p in place.adapters.values()) else None
-
-
-def in_rows(site: Site, stored: Entry) -> bool:
-    """Whether the rows of the matrix lie one behind another in the file (of a stack: its matrices)."""
-    if isinstance(stored, Packed):
-        return len(stored.shape) == 2 and stored.transposed == isinstance(site, TransposedLinear)
-    return not isinstance(site, TransposedLinear)
-
-
-def _named(plan: Plan, place: Place, w: Tensor, b: Tensor | None) -> dict[str, Tensor]:
-    """The weight and the bias of a place as the model keeps them, under their names.
-
-    Raises:
-        ValueError: there is a bias, and the base has no place for it.
-    """
-    site, prefix = place.site, f"{place.path}." if place.path else ""
-    name = prefix + site.name
-    group = plan.base.group_of.get(name)
-    rounded_later = group is not None and group.converter is None and plan.keeps(plan.checkpoint.tensors[group.keys[0]])
-    found = {name: site.raw(w) if rounded_later else site.raw(w).to(site.dtype)}
-    return found if b is None else found | bias_of(place, b)
-
-
-def bias_of(place: Place, b: Tensor) -> dict[str, Tensor]:
+def bias_of(plan: Plan, place: Place, b: Tensor) -> dict[str, Tensor]:
     """The bias of a place as the model keeps it, under its name.
 
     Raises:
@@ -153,52 +177,10 @@ def bias_of(place: Place, b: Tensor) -> dict[str, Tensor]:
     """
     own = place.site.bias()
     if own is not None:
-        return {(f"{place.path}." if place.path else "") + str(place.site.bias_name): b.to(own.dtype)}
+        return {(f"{place.path}." if place.path else "") + str(place.site.bias_name): b.to(plan.dtype(own.dtype))}
     if b.any():
         raise ValueError(
             f"An adapter gives {place.path!r} a bias, and the layers of this architecture have none: a merged file could not hold it. "
             "Keep base and adapter apart, or train without biases."
         )
     return {}
-
-
-# ---- rows apart --------------------------------------------------------------------------------------------------------------
-def _only_adds(p: Adapter) -> bool:
-    """Whether an adapter's fold is ``w + s B A`` and leaves the bias alone."""
-    method = p.method
-    own: Any = type(method)
-    if not isinstance(method, LowRank) or own.fold is not Additive.fold or own.delta is not LowRank.delta:
-        return False
-    return own.plus_delta is LowRank.plus_delta and p.trained_bias is None and method.delta_bias(p) is None
-
-
-class Added:
-    """What an adapter adds to rows; its factors are made once."""
-
-    def __init__(self, p: Adapter) -> None:
-        method: Any = p.method
-        self.a, self.b = map(full, method.factors(p))
-        self.scaling, self.strength = method.scaling, p.strength
-
-    def fold(self, w: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
-        if w.ndim > 2:
-            w.add_((self.b[rows] @ self.a[rows]).mul_(self.scaling), alpha=self.strength)
-        else:
-            w.addmm_(self.b[rows], self.a, alpha=self.scaling * self.strength)
-        return w, b
-
-
-class Rowwise:
-    """What an adapter makes of rows."""
-
-    def __init__(self, p: Adapter) -> None:
-        self.parts = Parts(p, axes_apart(p)[0])
-
-    def fold(self, w: Tensor, b: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
-        p = self.parts[rows]
-        return fold_at_strength(p, w, biased(p, b))
-
-
-def in_pieces(plan: Plan, place: Place) -> list[Added | Rowwise]:
-    """What the adapters of a place make of some rows, one after another. They may write to what they are given."""
-    return [Added(p) if _only_adds(p) else Rowwise(p) for p in (place.adapters[n] for n in place.here(plan.order))]

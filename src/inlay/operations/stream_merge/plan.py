@@ -337,7 +337,7 @@ class Plan:
                 f"{adapter.source}: {len(unexpected)} tensors of its file have no place in {self.folder}, such as {unexpected[0]!r}."
             )
 
-    def _touched(self, place: AnyPlace) -> list[str]:
+    def touched(self, place: AnyPlace) -> list[str]:
         """What the model calls the tensors that a place may change."""
         base = f"{place.path}." if place.path else ""
         if isinstance(place, Retrained):
@@ -351,7 +351,7 @@ class Plan:
 
     def _ties(self) -> tuple[set[str], set[str]]:
         """Of the further names of tied weights: those that stay one with the first, and those that become weights of their own."""
-        by_name = {name: place for place in places(self.base.model) for name in self._touched(place)}
+        by_name = {name: place for place in places(self.base.model) for name in self.touched(place)}
         following, untied = set(), set()
         for first, names in self.base.aliases.items():
             if not any(n in by_name for n in names):
@@ -382,13 +382,13 @@ class Plan:
     def _units(self) -> list[Unit]:
         base, found = self.base, list(places(self.base.model))
         at = {id(p): place for place in found for p in place.adapters.values()}
-        touched = {name for place in found for name in self._touched(place)}
+        touched = {name for place in found for name in self.touched(place)}
         parts: list[tuple[AnyPlace | None, list[str]]] = [(None, [name]) for name in base.values]
         for place in found:
-            names = self._touched(place)
+            names = self.touched(place)
             for p in place.adapters.values():
                 if isinstance(p, Adapter) and isinstance(p.method, Tied):
-                    names = [*names, *self._touched(at[id(p.method.source)])]
+                    names = [*names, *self.touched(at[id(p.method.source)])]
             parts.append((place, names))
         by_mark: dict[Any, Unit] = {}
         for place, names in parts:
@@ -416,7 +416,7 @@ class Plan:
         return units
 
     def _at(self, name: str) -> list[AnyPlace]:
-        return [place for place in places(self.base.model) if name in self._touched(place)]
+        return [place for place in places(self.base.model) if name in self.touched(place)]
 
     # -- the output, to the byte --
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -443,9 +443,13 @@ class Plan:
         entry = self.checkpoint.tensors[key]
         return [e.key for e in entry.parts.values()] if isinstance(entry, Packed) and self.keeps(entry) else [key]
 
+    def keys_of(self, group: Group) -> list[str]:
+        """What a group is in the output's files."""
+        return [k for key in group.keys for k in self.written_as(key)]
+
     def keys(self, unit: Unit) -> list[str]:
         """What a unit is in the output's files."""
-        return [k for g in unit.groups for key in g.keys for k in self.written_as(key)] + unit.new
+        return [k for g in unit.groups for k in self.keys_of(g)] + unit.new
 
     def _layout(self) -> tuple[dict[str, Shard], dict[str, str]]:
         """The output's files, and in which of them each tensor is. Sets where tensors that are copied come from."""
@@ -472,7 +476,12 @@ class Plan:
             # Readers want each tensor to begin at a multiple of its numbers' width.
             tensors.sort(key=lambda p: -DTYPES[p[1]].itemsize if p[1] in DTYPES else 0)
         where = {p[0]: file for file, tensors in planned.items() for p in tensors}
-        return {f: Shard(Path(f), tensors, self.checkpoint.metadata[f] or {"format": "pt"}) for f, tensors in planned.items()}, where
+        return {f: Shard(Path(f), tensors, self._said_of(f)) for f, tensors in planned.items()}, where
+
+    def _said_of(self, file: str) -> dict[str, str]:
+        """The metadata of a file. What they say of quantised weights goes with those."""
+        said = self.checkpoint.metadata[file]
+        return said if said and self.base_dtype != "dequantized" else {"format": "pt"}
 
     def casts(self, key: str) -> bool:
         """Whether a tensor of the output that no adapter touches has other bytes than in the base."""
@@ -482,11 +491,11 @@ class Plan:
     def _changes(self) -> Iterator[Change]:
         for unit in self.units:
             for place in unit.places:
-                for name in self._touched(place):
+                for name in self.touched(place):
                     if name in self.following or (isinstance(place, Place) and name.rpartition(".")[2] == place.site.bias_name):
                         continue
                     yield Change(name, self.shape(name)[0], self._how(place))
-            done = {name for place in unit.places for name in self._touched(place)}
+            done = {name for place in unit.places for name in self.touched(place)}
             for name in [n for g in unit.groups for n in g.targets if self.base.canonical(n) in self.base.values] + unit.new:
                 if name not in done:
                     done.add(name)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.method import full
-from ...core.place import Place
 from ...formats import streaming
-from ...formats.packed import Packed, Packing
-from ...formats.streaming import Writing
-from .folding import apart, bias_of, filled, folded, in_pieces, in_rows
+from ...formats.packed import Packed, Packing, slices
+from ...formats.streaming import Entry, Writing
+from ..disk_base import Group
+from .folding import Folds, filled
 from .journal import Journal
+from .pieces import Pieces, fold_within
 from .plan import Plan, Rounding, Unit
 
 
@@ -99,87 +99,91 @@ class Writer:
     # -- what adapters touch --
     def _merge(self, unit: Unit, wanted: set[str]) -> None:
         plan, base = self.plan, self.plan.base
+        with base.holding() as held, filled(plan, unit):
+            folds = Folds(plan, unit)
+            for group, names in folds.outputs():
+                if not wanted.isdisjoint(names if group is None else plan.keys_of(group)):
+                    self._write(folds, group, names, wanted)
+                    held.clear()
 
-        def put(key: str, tensor: Tensor) -> None:
-            entry = plan.checkpoint.tensors.get(key)
+    def _write(self, folds: Folds, group: Group | None, names: Sequence[str], wanted: set[str]) -> None:
+        """What becomes of tensors of the model that the files keep together."""
+        plan, base, name = self.plan, self.plan.base, names[0]
+        entry = None if group is None or group.converter is not None else plan.checkpoint.tensors[group.keys[0]]
+        if entry is not None and folds.stays(name) and not plan.keeps(entry):
+            self._copy([entry.key])
+            return
+        pieces = folds.pieces(name, plan.keeps(entry)) if len(names) == 1 else None
+        if pieces is not None:
+            b = self._merge_in_pieces(pieces, name, group, entry, wanted)
+            folds.keep_bias(pieces.place, b)
+            return
+        tensors = {n: folds.take(n) for n in names}
+        for key, tensor in (tensors if group is None else group.revert(tensors, base.model, base.key_of(group))).items():
             if isinstance(entry, Packed) and plan.keeps(entry):
-                check_finite(key, tensor)
-                packing, own = Packing(entry), tensor.mT if entry.transposed else tensor
-                before = plan.files.read(entry)
-                change = 0.0
-                for rows in slices(entry.stored.shape, entry.together):
-                    packing.add(own[rows])
-                    change += squares(own[rows] - full((before.mT if entry.transposed else before)[rows]))
-                self._put_packed(packing, change, wanted)
+                self._pack(entry, tensor, wanted)
             elif key in wanted:
                 self._put_merged(key, tensor)
 
-        with base.holding() as held, filled(plan, unit):
-            if (place := apart(plan, unit)) is not None:
-                self._merge_in_pieces(unit, place, wanted)
-                return
-            found = folded(plan, unit)
-            for name in unit.new:
-                put(name, found[name] if name in found else base.fetch(base.canonical(name)))
-            for group in unit.groups:
-                tensors = {}
-                for name in group.targets:
-                    same = base.canonical(name) if name in plan.following else name
-                    source = found.pop(same, None) if len(base.aliases.get(same, ())) < 2 else found.get(same)
-                    tensors[name] = base.fetch(base.canonical(name)) if source is None else source
-                    held.pop(name, None)
-                for key, tensor in group.revert(tensors, base.model, base.key_of(group)).items():
-                    put(key, tensor)
-
-    def _merge_in_pieces(self, unit: Unit, place: Place, wanted: set[str]) -> None:
-        """Of a weight whose rows are folded apart no more is in memory in full precision than some of them."""
-        plan, site, base = self.plan, place.site, self.plan.base
-        group = base.group_of[base.names[id(site.module._parameters[site.name])]]
-        entry: Any = plan.checkpoint.tensors[group.keys[0]]
-        key, adapters, bias = entry.key, in_pieces(plan, place), site.bias()
-        packing = Packing(entry) if plan.keeps(entry) else None
-        # Rows that do not lie one behind another are read with all others, and changed in place.
-        own = None if in_rows(site, entry) else plan.files.read(entry)
-        stored = entry.stored if isinstance(entry, Packed) and own is None else entry
-        shape, biases, change = site.shape, [], 0.0
-        for rows in slices(shape, entry.together if isinstance(entry, Packed) else 1):
-            if own is not None:
-                before = site.matrix(own)[rows]
+    def _merge_in_pieces(
+        self, pieces: Pieces, name: str, group: Group | None, entry: Entry | None, wanted: set[str]
+    ) -> Tensor | None:
+        """Of a weight no more is in memory in full precision than some rows. Returns what becomes of the bias."""
+        plan, lies, steps = self.plan, pieces.lies, pieces.steps
+        site, bias = pieces.place.site, pieces.place.site.bias()
+        dtype, biases, change = plan.dtype(site.dtype), list[Tensor](), 0.0
+        packing = entry.packing(plan.files) if isinstance(entry, Packed) and plan.keeps(entry) else None
+        for rows in slices(lies.shape, 1 if packing is None else lies.together):
+            before = lies.read(rows)
+            if packing is None and pieces.parts_matrices:
+                before = w = fold_within(pieces, before, rows.start, dtype)
             else:
-                before = plan.files.read(stored, rows)
-                before = before if stored is not entry else site.matrix(before)
-            w, b = full(before), None if bias is None else full(bias[rows])
-            if packing is not None and w is before:
-                w = w.clone()
-            elif packing is None and own is None:
-                # What was read is no longer needed.
-                del before
-            for adapter in adapters:
-                w, b = adapter.fold(w, b, rows)
-            if b is not None:
-                biases.append(b)
+                w, b = lies.matrix(full(before)), None if bias is None else full(bias if lies.axis == "in" else bias[rows])
+                if packing is None:
+                    # What was read is no longer needed.
+                    del before
+                elif full(before) is before:
+                    w = w.clone()
+                for step in steps:
+                    w, b = step.fold(w, b, rows)
+                w = lies.matrix(w)
+                if b is not None:
+                    biases = [b] if lies.axis == "in" else [*biases, b]
             if packing is not None:
-                check_finite(key, w)
+                check_finite(name, w)
                 packing.add(w)
                 change += squares(w - full(before))
-            elif own is not None:
-                before.copy_(w)
-            elif key in wanted:
-                w = w.to(entry.torch_dtype)
-                self._put_merged(key, site.raw(w), rows)
+            else:
+                self._put_rows(name, group, w.to(dtype), rows, wanted)
             # The next rows are read into the room of these.
             before = w = None
         if packing is not None:
             self._put_packed(packing, change, wanted)
-        elif own is not None and key in wanted:
-            self._put_merged(key, own)
-        found = bias_of(place, torch.cat(biases)) if biases else {}
-        for other in unit.groups:
-            if other is not group and other.keys[0] in wanted:
-                if other.first in found:
-                    self._put_merged(other.keys[0], found[other.first])
-                else:
-                    self._copy(other.keys)
+        return torch.cat(biases) if biases else bias
+
+    def _put_rows(self, name: str, group: Group | None, tensor: Tensor, rows: slice, wanted: set[str]) -> None:
+        """Some slices of a tensor of the model, as the files keep them."""
+        base = self.plan.base
+        if group is not None and group.converter is not None:
+            some = group.some(rows)
+            for key, part in some.revert({name: tensor}, base.model, base.key_of(some)).items():
+                if some.kept_as[key] in wanted:
+                    self._put_merged(some.kept_as[key], part)
+            return
+        key = name if group is None else group.keys[0]
+        if key in wanted:
+            self._put_merged(key, tensor, rows)
+
+    def _pack(self, entry: Packed, tensor: Tensor, wanted: set[str]) -> None:
+        """A merged weight that is there as a whole, quantised again."""
+        check_finite(entry.key, tensor)
+        packing, own = entry.packing(self.plan.files), tensor.mT if entry.transposed else tensor
+        before, change = self.plan.files.read(entry), 0.0
+        before = before.mT if entry.transposed else before
+        for rows in slices(entry.stored.shape, entry.together):
+            packing.add(own[rows])
+            change += squares(own[rows] - full(before[rows]))
+        self._put_packed(packing, change, wanted)
 
     def _put_merged(self, key: str, tensor: Tensor, rows: slice | None = None) -> None:
         tensor = tensor.to(self.plan.dtype(tensor.dtype))
@@ -205,18 +209,6 @@ def check_finite(key: str, tensor: Tensor) -> None:
     """
     if not is_finite(tensor):
         raise ValueError(f"Merging gives values of {key!r} that are not finite; an adapter seems broken, or its weight too large.")
-
-
-def slices(shape: Sequence[int], together: int = 1) -> Iterator[slice]:
-    """Slices of the first axis that hold about as many numbers as are worth computing at once.
-
-    Args:
-        together: how many must not be parted.
-    """
-    width = max(1, torch.Size(shape[1:]).numel())
-    step = max(1, streaming.AT_ONCE // 4 // width // together) * together
-    for start in range(0, max(1, shape[0]), step):
-        yield slice(start, min(shape[0], start + step))
 
 
 def is_finite(tensor: Tensor) -> bool:

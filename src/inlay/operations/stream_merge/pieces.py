@@ -1,0 +1,210 @@
+"""Weights in pieces: as they lie in the base's files, some rows at a time, and what adapters make of those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...core.adapter import Adapter
+from ...core.additive import Additive, LowRank
+from ...core.method import biased, folded, full
+from ...core.part import Parts, axes_apart
+from ...core.place import Place
+from ...core.site import Embedding, Linear, Site, Stack, TransposedLinear
+from ...formats import streaming
+from ...formats.packed import Packed, slices
+from ..effects import Update
+from .plan import Plan
+
+# Layouts whose weight is a matrix, or a stack of matrices, and nothing else.
+MATRICES = (Linear, TransposedLinear, Embedding, Stack)
+
+
+def at_once() -> int:
+    """How many numbers are worth computing at once."""
+    return streaming.AT_ONCE // 4
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------------
+@dataclass
+class Lying:
+    """A weight as it lies in the base's files.
+
+    Attributes:
+        shape: its slices can be read by themselves.
+        read: gives some of them, in memory of their own.
+        turned: the matrices that adapters see are the transposed ones.
+        together: slices that must not be parted.
+    """
+
+    shape: Sequence[int]
+    read: Callable[[slice], Tensor]
+    turned: bool
+    together: int = 1
+
+    @property
+    def axis(self) -> str:
+        """What of the adapters' matrices a slice has some of."""
+        return "batch" if len(self.shape) > 2 else "in" if self.turned else "out"
+
+    def matrix(self, piece: Tensor) -> Tensor:
+        """A slice as adapters see it: a view."""
+        return piece.mT if self.turned else piece
+
+
+def lying(plan: Plan, site: Site, packs: bool) -> Lying | None:
+    """How the weight of a layer lies in the files; None where slices of it mean nothing.
+
+    Args:
+        packs: it will be written as it lies there, quantised.
+    """
+    base, own = plan.base, site.module._parameters.get(site.name)
+    name = None if own is None else base.names.get(id(own))
+    if name is None or own is None or type(site) not in MATRICES:
+        return None
+    turned = site.matrix(own).shape != own.shape or isinstance(site, TransposedLinear)
+    if isinstance(site, Stack):
+        turned = site._transposed
+    if name in base.values:
+        brought = base.fetch(name)
+        return Lying(brought.shape, lambda rows: brought[rows].clone(), turned)
+    group = base.group_of.get(name)
+    if group is None:
+        return None
+    if group.converter is not None:
+        return _one_by_one(plan, name, turned)
+    entry, files = plan.checkpoint.tensors[group.keys[0]], plan.files
+    if packs:
+        assert isinstance(entry, Packed)
+        stored = entry.stored
+        return Lying(stored.shape, lambda rows: files.read(stored, rows), turned != entry.transposed, entry.together)
+    if not entry.sliceable:
+        whole = files.read(entry)
+        return Lying(entry.shape, lambda rows: whole[rows].clone(), turned)
+    return Lying(entry.shape, lambda rows: files.read(entry, rows), turned)
+
+
+def _one_by_one(plan: Plan, name: str, turned: bool) -> Lying | None:
+    """A stack of experts that the files keep one by one."""
+    base = plan.base
+    group = base.group_of[name]
+    if not group.is_stack(base):
+        return None
+
+    def read(rows: slice) -> Tensor:
+        some = group.some(rows)
+        return some.convert({key: plan.files.read(plan.checkpoint.tensors[kept]) for key, kept in some.kept_as.items()}, base.model)[name]
+
+    return Lying(group.targets[name].shape, read, turned)
+
+
+# ---- folding ----------------------------------------------------------------------------------------------------------------
+class Step(Protocol):
+    """What is done to a piece of a weight. It may write to what it is given."""
+
+    def fold(self, w: Tensor, b: Tensor | None, piece: slice) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Folding:
+    """An adapter's fold."""
+
+    def __init__(self, p: Adapter, axis: str) -> None:
+        self.parts = Parts(p, axis)
+
+    def fold(self, w: Tensor, b: Tensor | None, piece: slice) -> tuple[Tensor, Tensor | None]:
+        p = self.parts[piece]
+        return folded(p, w, biased(p, b))
+
+
+class Adding:
+    """``w + scale * B A``, in place."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float, strength: float, axis: str) -> None:
+        self.a, self.b, self.scale, self.strength, self.axis = full(a), full(b), scale, strength, axis
+
+    def fold(self, w: Tensor, b: Tensor | None, piece: slice) -> tuple[Tensor, Tensor | None]:
+        left = self.b if self.axis == "in" else self.b[piece]
+        right = self.a[..., piece] if self.axis == "in" else self.a[piece] if self.axis == "batch" else self.a
+        if w.ndim > 2:
+            w.add_((left @ right).mul_(self.scale), alpha=self.strength)
+        else:
+            w.addmm_(left, right, alpha=self.scale * self.strength)
+        return w, b
+
+    def within(self, matrix: int, axis: str) -> Adding:
+        """The same of one matrix of a stack."""
+        return Adding(self.a[matrix], self.b[matrix], self.scale, self.strength, axis)
+
+
+class AddingDense:
+    """``w + d``, in place."""
+
+    def __init__(self, change: Tensor, axis: str) -> None:
+        self.change, self.axis = change, axis
+
+    def fold(self, w: Tensor, b: Tensor | None, piece: slice) -> tuple[Tensor, Tensor | None]:
+        return w.add_(self.change[..., piece] if self.axis == "in" else self.change[piece]), b
+
+
+def of_adapter(p: Adapter, axis: str) -> Step | None:
+    """What an adapter makes of pieces along an axis; None where it needs the whole weight."""
+    if _only_adds(p):
+        method: Any = p.method
+        return Adding(*method.factors(p), method.scaling, p.strength, axis)
+    return Folding(p, axis) if axis in axes_apart(p) else None
+
+
+def of_update(update: Update, axis: str) -> Step:
+    """What several adapters that have become one change add. (Its bias is left out.)"""
+    return AddingDense(full(update.dense), axis) if update.dense is not None else Adding(*update.factors(), 1.0, 1.0, axis)
+
+
+def _only_adds(p: Adapter) -> bool:
+    """Whether an adapter's fold is ``w + s B A`` and leaves the bias alone."""
+    method = p.method
+    own: Any = type(method)
+    if not isinstance(method, LowRank) or own.fold is not Additive.fold or own.delta is not LowRank.delta:
+        return False
+    return own.plus_delta is LowRank.plus_delta and p.trained_bias is None and method.delta_bias(p) is None
+
+
+@dataclass
+class Pieces:
+    """How a weight is made in pieces.
+
+    Attributes:
+        steps: one after another.
+    """
+
+    place: Place
+    lies: Lying
+    steps: Sequence[Step]
+
+    @property
+    def parts_matrices(self) -> bool:
+        """Whether single matrices of a stack are too large to be computed whole, and need not be."""
+        shape = self.lies.shape
+        return len(shape) > 2 and torch.Size(shape[1:]).numel() > at_once() and all(isinstance(s, Adding) for s in self.steps)
+
+
+def fold_within(pieces: Pieces, stack: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+    """Matrices of a stack, of each of which no more is in full precision than some rows.
+
+    Args:
+        first: the number of the first of them.
+        dtype: of the result, which takes the room of what is given where it fits.
+    """
+    made = stack if stack.dtype == dtype else torch.empty_like(stack, dtype=dtype)
+    turned = pieces.lies.turned
+    for i, matrix in enumerate(stack):
+        steps = [step.within(first + i, "in" if turned else "out") for step in pieces.steps if isinstance(step, Adding)]
+        for rows in slices(matrix.shape):
+            w = pieces.lies.matrix(full(matrix[rows]))
+            for step in steps:
+                w, _ = step.fold(w, None, rows)
+            made[i, rows].copy_(pieces.lies.matrix(w))
+    return made
