@@ -529,8 +529,8 @@ def test_what_cannot_be_merged_is_refused_with_the_remedy(small: tuple[Path, Pat
 
     quantised = tmp_path / "quantised"
     shutil.copytree(base, quantised)
-    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
-    refused("quantised .awq.*Give the folder of the original, dense weights.*--original.*or load the model", quantised)
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "vptq"}}))
+    refused("quantised .vptq.*Give the folder of the original, dense weights.*--original.*or load the model", quantised)
     (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
     refused("quantised .bitsandbytes.*Say what to merge into", quantised)
 

@@ -169,7 +169,7 @@ def _facts(planned: StreamMerge, out: Path | None) -> dict[str, Any]:
         dtypes[str(entry.torch_dtype)] += entry.nbytes
     dtype = dtypes.most_common(1)[0][0] if planned.out_dtype is None else str(planned.out_dtype)
     stay = [e for e in planned.checkpoint.tensors.values() if isinstance(e, Packed) and planned.keeps(e)]
-    kept = str(stay[0].described.get("quant_type", "int8")) if stay else None
+    kept = stay[0].kind if stay else None
     return {
         "out": None if out is None else str(out),
         "base": str(planned.folder),

@@ -1,7 +1,4 @@
-"""Quantised weights in files: the tensors that make up one weight are seen as that weight, and written as those again.
-
-The names and numbers are those of bitsandbytes in 4 and 8 bits, which `inlay.quantize_` shares.
-"""
+"""Weights in 4 and 8 bits as bitsandbytes writes them: the names and numbers that `inlay.quantize_` shares."""
 
 from __future__ import annotations
 
@@ -15,39 +12,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.method import full
-from ..kernels.quantised import dequantize_blocks, dequantize_rows, dequantize_scales, dynamic_levels, quantize_scales
-from ..kernels.quantised_tensor import QuantizedTensor
-from .streaming import NAMES, Checkpoint, Entry, Files
+from ...core.method import full
+from ...kernels.quantised import dequantize_blocks, dequantize_rows, dequantize_scales, dynamic_levels, quantize_scales
+from ...kernels.quantised_tensor import QuantizedTensor
+from ...quantize import ENDS
+from ..streaming import Checkpoint, Entry, Files
+from .weight import Packed, Packing
 
-# What a config.json calls those who write such files.
-READABLE = ("bitsandbytes", "inlay")
 STATE = "quant_state."
 # Spaces behind a description, so that it can name another offset in the room that its header has promised.
 ROOM = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Packed(Entry):
-    """One quantised weight. As an entry, it is the weight in floating point.
-
+class Blocks(Packed):
+    """
     Attributes:
-        parts: the tensors of the file, by the end of their keys; ``""`` are the codes.
+        parts: by the end of their keys; ``""`` are the codes.
         described: what a file in 4 bits says of the weight; empty for 8 bits.
-        transposed: the model sees the file's matrix the other way round.
     """
 
-    parts: Mapping[str, Entry] = field(default_factory=dict)
     described: Mapping[str, Any] = field(default_factory=dict)
-    transposed: bool = False
-
-    def turned(self) -> Packed:
-        """The same, for a layer that keeps ``(in, out)``."""
-        return replace(self, shape=(*self.shape[:-2], self.shape[-1], self.shape[-2]), transposed=True)
-
-    @property
-    def sliceable(self) -> bool:
-        return not self.transposed
 
     def read(self, files: Files, rows: slice | None = None) -> Tensor:
         """The weight, or some of its rows, in floating point."""
@@ -86,10 +71,8 @@ class Packed(Entry):
             replace(e, shape=(e.shape[0] + ROOM,), nbytes=e.nbytes + ROOM) if end.startswith(STATE) else e for end, e in self.parts.items()
         ]
 
-    @property
-    def stored(self) -> Packed:
-        """The weight as the file has it."""
-        return replace(self, shape=(*self.shape[:-2], self.shape[-1], self.shape[-2]), transposed=False) if self.transposed else self
+    def packing(self, files: Files) -> BlocksPacking:
+        return BlocksPacking(self, files)
 
     @property
     def together(self) -> int:
@@ -115,25 +98,20 @@ class Packed(Entry):
         return found
 
 
-class Packing:
-    """Another weight in the way of this one, from its stored rows one after another.
+class BlocksPacking(Packing):
+    """The scales of all rows are quantised together in the end."""
 
-    Attributes:
-        error: what rounding took; known in the end. weight: what was packed. Squares of norms.
-    """
-
-    def __init__(self, entry: Packed) -> None:
-        self.entry, self.to = entry, str(entry.described.get("quant_type", "int8"))
-        self.pieces: list[QuantizedTensor] = []
-        self.error = self.weight = 0.0
+    def __init__(self, entry: Blocks, files: Files) -> None:
+        super().__init__(entry, files)
+        self.entry: Blocks = entry
+        self.made: list[QuantizedTensor] = []
         # By blocks: the error that there is without double quantisation, and what follows from other scales.
         self.sums: list[Tensor] = []
 
     def add(self, w: Tensor) -> None:
-        """Further rows ``(rows, width)``; all but the last are a multiple of `Packed.together`."""
         block = self.entry.described.get("blocksize", 64)
-        q = QuantizedTensor.of(w, self.to, block=block, double=False)
-        self.pieces.append(q)
+        q = QuantizedTensor.of(w, self.entry.kind, block=block, double=False)
+        self.made.append(q)
         now = q.dequantize(torch.float32)
         rest = full(w) - now
         self.weight += full(w).square().sum(dtype=torch.float64).item()
@@ -144,9 +122,8 @@ class Packing:
         self.sums.append(torch.stack([(one * other).sum(-1) for one, other in ((rest, rest), (rest, now), (now, now))]))
 
     def parts(self) -> dict[str, Tensor]:
-        """The tensors of the file by their keys."""
-        codes, absmax = (torch.cat([getattr(q, name) for q in self.pieces]) for name in ("codes", "absmax"))
-        self.pieces.clear()
+        codes, absmax = (torch.cat([getattr(q, name) for q in self.made]) for name in ("codes", "absmax"))
+        self.made.clear()
         nested: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if self.sums:
             scales = absmax
@@ -157,7 +134,7 @@ class Packing:
             self.error = (rest + 2 * off * across + off.square() * now).sum(dtype=torch.float64).item()
         entry = self.entry
         q = QuantizedTensor(
-            codes, absmax, *nested, self.to, entry.described.get("blocksize", 64), entry.stored.shape, False, entry.torch_dtype, None
+            codes, absmax, *nested, entry.kind, entry.described.get("blocksize", 64), entry.stored.shape, False, entry.torch_dtype, None
         )
         return entry.as_parts(q)
 
@@ -168,46 +145,36 @@ def _as_bytes_of(tensor: Tensor, entry: Entry) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8).view(entry.torch_dtype).reshape(entry.shape)
 
 
-def packed(checkpoint: Checkpoint, files: Files, dtype: torch.dtype) -> Checkpoint:
-    """The same files with one entry for each quantised weight.
-
-    Args:
-        dtype: of weights whose file does not say it.
-
+def find(checkpoint: Checkpoint, _: Mapping[str, Any], files: Files, dtype: torch.dtype) -> list[Packed]:
+    """
     Raises:
         ValueError: a description cannot be read.
     """
-    tensors, parts = checkpoint.tensors, _parts(checkpoint)
-    within = {e.key for found in parts.values() for e in found.values()}
-    made: dict[str, Entry] = {}
-    for key, entry in tensors.items():
-        if key in parts:
-            made[key] = _one(entry, parts[key], files, dtype)
-        elif key not in within:
-            made[key] = entry
-    return replace(checkpoint, tensors=made)
+    return [_one(checkpoint.tensors[key], parts, files, dtype) for key, parts in _parts(checkpoint).items()]
 
 
 def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, Entry]]:
     """What belongs to each quantised weight, by its key."""
     tensors, found = checkpoint.tensors, {}
     for key in tensors:
-        owner, _, end = key.rpartition(".weight.")
-        if end.startswith(STATE) and f"{owner}.weight" in tensors:
-            start = f"{owner}.weight"
-            found[start] = {"": tensors[start]}
-        elif key.endswith(".SCB") and f"{key[:-4]}.weight" in tensors:
-            start = key[:-4]
-            ends = {"": f"{start}.weight", "SCB": key, "weight_format": f"{start}.weight_format"}
-            found[f"{start}.weight"] = {end: tensors[k] for end, k in ends.items() if k in tensors}
+        owner, state, _ = key.partition(f".{STATE}")
+        if state and owner in tensors:
+            found[owner] = {"": tensors[owner]}
+        elif key.endswith(".SCB"):
+            # Beside the weight of a module; below any other parameter.
+            owner = next((o for o in (f"{key[:-4]}.weight", key[:-4]) if o in tensors), "")
+            ends = {"": owner, "SCB": key, "weight_format": key[:-3] + "weight_format"}
+            if owner:
+                found[owner] = {end: tensors[k] for end, k in ends.items() if k in tensors}
     for key, entry in tensors.items():
-        owner, _, end = key.rpartition(".weight.")
-        if f"{owner}.weight" in found and owner:
-            found[f"{owner}.weight"][end] = entry
+        for end in ENDS:
+            owner = key.removesuffix(f".{end}")
+            if owner != key and owner in found:
+                found[owner].setdefault(end, entry)
     return found
 
 
-def _one(codes: Entry, parts: Mapping[str, Entry], files: Files, dtype: torch.dtype) -> Packed:
+def _one(codes: Entry, parts: Mapping[str, Entry], files: Files, dtype: torch.dtype) -> Blocks:
     state = next((e for end, e in parts.items() if end.startswith(STATE)), None)
     said: dict[str, Any] = {}
     shape = codes.shape
@@ -217,4 +184,4 @@ def _one(codes: Entry, parts: Mapping[str, Entry], files: Files, dtype: torch.dt
             shape, dtype = tuple(said["shape"]), getattr(torch, said["dtype"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{codes.file}: what it says of {codes.key!r} cannot be read; quantise the base again.") from error
-    return Packed(codes.key, codes.file, NAMES[dtype], shape, codes.start, prod(shape) * dtype.itemsize, parts, said)
+    return Blocks.of(codes.key, parts, shape, dtype, kind=said.get("quant_type", "int8"), described=said)

@@ -1,0 +1,69 @@
+"""GPTQ: codes in words along the inputs, zeros in words along the outputs, and for each input its group.
+
+The first version of the format keeps zeros less one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..streaming import Checkpoint, Files
+from .weight import Numbers, Packed
+from .words import Words, pack, unpack
+
+VERSIONS = {"gptq": 1, "gptq_v2": 0}
+
+
+@dataclass(frozen=True, eq=False)
+class GPTQ(Words):
+    """
+    Attributes:
+        less: what has been taken off the zeros.
+    """
+
+    less: int = 1
+
+    def codes(self, files: Files, rows: slice) -> Tensor:
+        return unpack(self.words(files, "qweight")[:, rows], self.bits)
+
+    def zeros(self, files: Files, rows: slice) -> Tensor:
+        found = unpack(self.words(files, "qzeros").mT, self.bits).mT[:, rows]
+        # A zero of 0 less one has gone round to the largest code.
+        return found if not self.less else (found + self.less).bitwise_and_(2**self.bits - 1)
+
+    def groups(self, files: Files) -> Tensor:
+        own = self.parts.get("g_idx")
+        return super().groups(files) if own is None else own.read(files).long()
+
+    def in_file(self, numbers: Numbers) -> Numbers:
+        return {"qweight": pack(numbers["codes"].mT, self.bits)}
+
+
+def find(checkpoint: Checkpoint, config: Mapping[str, Any], _: Files, dtype: torch.dtype) -> list[Packed]:
+    """
+    Raises:
+        NotImplementedError: the codes lie in another order, or have other numbers of bits in different layers.
+    """
+    layout = str(config.get("checkpoint_format") or config.get("format") or "gptq")
+    if layout not in VERSIONS or config.get("is_marlin_format"):
+        raise NotImplementedError(f"gptq, in the order of {layout!r}")
+    tensors, found = checkpoint.tensors, []
+    for key, codes in tensors.items():
+        owner, end = key.rpartition(".")[::2]
+        if end == "qweight":
+            parts = {n: tensors[k] for n in ("qweight", "qzeros", "scales", "g_idx") if (k := f"{owner}.{n}") in tensors}
+            if "scales" not in parts or "qzeros" not in parts:
+                raise ValueError(f"{checkpoint.folder} has the codes of {owner!r} and not their scales; download it again.")
+            outs, words = parts["scales"].shape[1], parts["qzeros"].shape[1]
+            bits = words * 32 // outs
+            if bits not in (2, 3, 4, 8) or codes.torch_dtype != torch.int32:
+                raise NotImplementedError(f"gptq, with codes of {bits} bits for {owner!r}")
+            shape = outs, codes.shape[0] * 32 // bits
+            more: dict[str, Any] = {"kind": f"gptq {bits} bits", "bits": bits, "less": VERSIONS[layout]}
+            found.append(GPTQ.of(f"{owner}.weight", parts, shape, dtype, **more))
+    return found
