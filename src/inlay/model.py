@@ -17,7 +17,7 @@ from .core.config import PeftConfig
 from .core.inlaid import adapters_of, places, session_of
 from .core.mixed import factors_rest
 from .core.retrained import Retrained
-from .core.rows import Order
+from .core.rows import Order, check_count
 from .core.session import Session, carry_choices
 from .formats.card import write_card
 from .formats.filling import LoadReport, fill, warn_of
@@ -159,7 +159,7 @@ class PeftModel(nn.Module):
             order = Order.of(adapter_names, args, kwargs)
         if order is not None:
             adapter_names, (args, kwargs) = order.rows, order.into(args, kwargs)
-        with self._rows(adapter_names), calling(base, args, kwargs):
+        with self._rows(adapter_names, args, kwargs), calling(base, args, kwargs):
             self._carry_choice()
             if self._prompted():
                 from .prompts import forward_with_prompt
@@ -177,7 +177,7 @@ class PeftModel(nn.Module):
         if order is not None:
             adapter_names, (args, kwargs) = order.rows, order.into(args, kwargs)
         resting = nullcontext() if adapter_names is None else factors_rest()
-        with self._rows(adapter_names), resting, calling(self.get_base_model(), args, kwargs):
+        with self._rows(adapter_names, args, kwargs), resting, calling(self.get_base_model(), args, kwargs):
             if self._prompted():
                 from .prompts import generate_with_prompt
 
@@ -205,8 +205,11 @@ class PeftModel(nn.Module):
 
             show_trainable(self)
 
-    def _rows(self, names: Sequence[str | Sequence[str]] | None) -> Any:
-        return nullcontext() if names is None else self.session.local(self.session.active, rows=names)
+    def _rows(self, names: Sequence[str | Sequence[str]] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if names is None:
+            return nullcontext()
+        check_count((*args, *map(kwargs.get, ("input_ids", "inputs_embeds", "inputs"))), len(names))
+        return self.session.local(self.session.active, rows=names)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -365,3 +365,31 @@ def test_wrong_rows_are_named() -> None:
         model(input_ids=tokens(2), adapter_names=["A", "b"])
     with pytest.raises(ValueError, match="3 adapter names were given for a batch of 2"):
         model(input_ids=tokens(2), adapter_names=["a", "b", "a"])
+
+
+@pytest.mark.parametrize("rows", [("a", "a", "a"), ("a", "b", "a"), ("__base__",) * 3])
+def test_rows_that_are_too_few_are_counted_at_the_entry_and_at_a_layer(rows: tuple[str, ...]) -> None:
+    model, told = adapted(), "3 adapter names were given for a batch of 4; give one for each row"
+    session, layer = model.session, model.get_base_model().model.layers[0].self_attn.q_proj
+    entered: list[Any] = []
+    model.get_base_model().register_forward_pre_hook(lambda *called: entered.append(called))
+    for given in ({"input_ids": tokens(4)}, {"inputs_embeds": torch.randn(4, 3, 16)}):
+        with pytest.raises(ValueError, match=told):
+            model(**given, adapter_names=rows)
+        with pytest.raises(ValueError, match=told):
+            model.generate(**given, adapter_names=rows, max_new_tokens=1)
+    with pytest.raises(ValueError, match=told):
+        model(tokens(4), adapter_names=rows)
+    assert not entered
+    with session.local(rows=rows), pytest.raises(ValueError, match=told):
+        layer(torch.randn(4, 3, layer.in_features))
+    with session.local(rows=rows):
+        assert layer(torch.randn(6, layer.in_features)).shape == (6, layer.out_features)
+
+
+def test_rows_that_are_too_few_are_counted_where_the_host_reads_its_weight() -> None:
+    host = nn.Sequential(nn.MultiheadAttention(4, 2, batch_first=True))
+    model = inlay.get_peft_model(host, inlay.LoraConfig(r=2, target_modules=["0"]))
+    x = torch.randn(4, 3, 4)
+    with model.session.local(rows=("default",) * 3), pytest.raises(ValueError, match="3 adapter names were given for a batch of 4"):
+        model.get_base_model()[0](x, x, x)

@@ -16,7 +16,7 @@ from .adapter import Adapter
 from .additive import Additive
 from .inner import Inner
 from .method import biased, folded, full
-from .rows import by_rows, grouped
+from .rows import by_rows, check_count, grouped
 from .session import Session
 from .site import Embedding, Linear, Site, TransposedLinear
 
@@ -100,6 +100,7 @@ class Place:
 
         groups = grouped(rows, self.adapters)
         if len(groups) == 1:
+            check_count((x,), len(rows))
             return self.stacked(call, bare, groups[0].names, x, args, kwargs)
         if self.merged:
             return by_rows(self.session, rows, lambda names, x, *a, **k: self.stacked(call, bare, names, x, a, k), (x, *args), kwargs)

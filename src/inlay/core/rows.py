@@ -6,7 +6,7 @@ so at the model's entry. Rows in any other order are gathered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -59,15 +59,24 @@ def _group(rows: tuple[Row, ...], known: Collection[str] | None) -> tuple[Group,
 _grouped = lru_cache(512)(_group)
 
 
+def check_count(tensors: Iterable[Any], count: int) -> None:
+    """
+    Raises:
+        ValueError: the batch in front of the first tensor is no multiple of the rows that were named.
+    """
+    first = next((t for t in tensors if isinstance(t, Tensor) and t.ndim), None)
+    if first is not None and first.shape[0] % count:
+        raise ValueError(f"{count} adapter names were given for a batch of {first.shape[0]}; give one for each row.")
+
+
 def entries_a_row(tensors: Sequence[Any], count: int) -> tuple[int, torch.device]:
     """How many entries in front of the tensors belong to a row, and where the tensors are.
 
     Raises:
         ValueError: the batch is no multiple of the rows that were named.
     """
+    check_count(tensors, count)
     first = next(t for t in tensors if isinstance(t, Tensor) and t.ndim)
-    if first.shape[0] % count:
-        raise ValueError(f"{count} adapter names were given for a batch of {first.shape[0]}; give one for each row.")
     return first.shape[0] // count, first.device
 
 
@@ -99,10 +108,10 @@ def by_rows(session: Session, rows: tuple[Row, ...], run: Callable[..., Any], ar
     Raises:
         ValueError: the batch is no multiple of the rows that were named.
     """
-    groups = grouped(rows)
+    groups, tensors = grouped(rows), (*args, *kwargs.values())
     if len(groups) == 1:
+        check_count(tensors, len(rows))
         return run(groups[0].names, *args, **kwargs)
-    tensors = (*args, *kwargs.values())
     times, device = entries_a_row(tensors, len(rows))
     size, parts = times * len(rows), []
     for group in groups:

@@ -139,7 +139,8 @@ class CachedMethod(PromptMethod):
         ``2 i``, counted round, and the others are never read.
         """
         size = (self.num_layers or 0) * 2
-        blocks = vectors.unflatten(-1, (size, self.num_attention_heads or 1, -1)).permute(2, 0, 3, 1, 4)
+        # In one go: the gradient of each taken out by itself would be as large as all of them.
+        blocks = vectors.unflatten(-1, (size, self.num_attention_heads or 1, -1)).permute(2, 0, 3, 1, 4).unbind()
         step = 2 * (self.num_transformer_submodules or 1)
         for i in range(count):
             at = step * i % size
