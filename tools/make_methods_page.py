@@ -20,7 +20,7 @@ quantised layer restores for it. Sizes are those of a 4096 x 4096 layer with def
 
 
 def row(each: Capabilities) -> str:
-    paper = f"[{each.paper}](https://arxiv.org/abs/{each.paper})" if each.paper else ""
+    paper = f"[{each.paper.rpartition('=')[2]}]({each.paper_link})" if each.paper else ""
     size = "" if each.count is None else f"{each.count:,}" + (f" + {each.shared:,} shared" if each.shared else "")
     cells = [
         f"`{each.name.lower()}`",

@@ -72,7 +72,7 @@ class Capabilities:
     Attributes:
         name: as in a file; ``config`` is the class.
         title: the first line of its file.
-        paper: the number at arXiv.
+        paper: the number at arXiv, or the address of a paper that is not there; ``paper_link`` is its address.
         equation: what becomes of the weight.
         kind: low-rank, additive, rotation, a map on the weight, on modules, or on inputs.
         merges: it is a function of the weight, and merging undoes itself to the bit; else ``why_not`` says why it is none.
@@ -111,6 +111,10 @@ class Capabilities:
     no_starts: str = ""
     lines: int = 0
 
+    @property
+    def paper_link(self) -> str:
+        return f"https://arxiv.org/abs/{self.paper}" if re.fullmatch(r"[\d.]+", self.paper) else self.paper
+
 
 def method_names() -> list[str]:
     """The names of all registered methods, sorted."""
@@ -139,7 +143,7 @@ def capabilities(name: str) -> Capabilities:
         name=str(cls.__dataclass_fields__["peft_type"].default),
         config=cls.__name__,
         title=_first_sentence(text),
-        paper=getattr(cls, "paper", "").removeprefix("arXiv ").strip(),
+        paper=getattr(cls, "paper", ""),
         fields=own,
         common=common,
         starts=_starts(cls, module),

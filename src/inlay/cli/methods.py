@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any
 
 import typer
@@ -43,9 +43,14 @@ def yes(value: object) -> str:
 def _show_all(found: list[Any], screen: Any) -> None:
     made = table("method", "what it does", "merges", "to LoRA", "paper")
     for each in found:
-        made.add_row(each.name.lower(), short(each.equation or each.title, 64), yes(each.merges), each.to_lora or "-", each.paper)
+        made.add_row(each.name.lower(), short(each.equation or each.title, 64), yes(each.merges), each.to_lora or "-", _paper(each))
     screen.print(made)
     screen.print(f"[dim]{len(found)} methods; `inlay methods NAME` shows one[/]")
+
+
+def _paper(each: Any) -> str:
+    """A number at arXiv, or the place where the paper is."""
+    return each.paper if each.paper in each.paper_link.split("/") else each.paper.split("/")[2]
 
 
 def _show_one(each: Any, screen: Any) -> None:
@@ -53,7 +58,7 @@ def _show_one(each: Any, screen: Any) -> None:
     facts = table("", "")
     facts.show_header = False
     facts.add_row("equation", short(each.equation))
-    facts.add_row("paper", f"https://arxiv.org/abs/{each.paper}" if each.paper else "-")
+    facts.add_row("paper", each.paper_link or "-")
     facts.add_row("class", f"inlay.{each.config}")
     facts.add_row("trains", " ".join(filter(None, [each.parameters or "see the paper", _size(each)])))
     if each.starts:
@@ -70,7 +75,8 @@ def _show_one(each: Any, screen: Any) -> None:
     screen.print(facts)
     made = table("flag", "default", "meaning", title="\noptions")
     for field in each.fields:
-        made.add_row(f"--{field.name.replace('_', '-')}", short(repr(field.default), 24), short(field.help))
+        default = "-" if is_dataclass(field.default) else repr(field.default)
+        made.add_row(f"--{field.name.replace('_', '-')}", short(default, 24), short(field.help))
     screen.print(made)
     if each.common:
         screen.print(f"[dim]and those of all methods: {', '.join('--' + f.replace('_', '-') for f in each.common)}[/]")

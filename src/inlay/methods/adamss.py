@@ -83,6 +83,7 @@ class AdamssConfig(LowRank):
     random_seed: int = field(default=0, metadata={"help": "Seed of the singular value decomposition."})
 
     prefix: ClassVar[str] = "adamss_"
+    paper: ClassVar[str] = "https://openreview.net/forum?id=8ZdWmpYxT0"
     equation: ClassVar[str] = "W_i + B_i A_i V' for each group i of rows, with V from the SVD of W"
     count_formula: ClassVar[str] = "subspace_rank·(out + r·num_subspaces)"
     on_model: ClassVar[tuple[str, ...]] = ("update_and_allocate",)

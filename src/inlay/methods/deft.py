@@ -54,6 +54,7 @@ class DeftConfig(Conditioned):
     init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
 
     prefix: ClassVar[str] = "deft_"
+    paper: ClassVar[str] = "2509.22793"
     equation: ClassVar[str] = "(I - Q P') W + s Q R"
     ours: ClassVar[frozenset[str]] = Method.ours - {"bias"}
     examples: ClassVar[dict[str, dict[str, Any]]] = {

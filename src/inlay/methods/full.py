@@ -31,6 +31,7 @@ class FullConfig(Additive):
     train_bias: bool = field(default=True, metadata={"help": "Train a difference of the bias as well."})
 
     prefix: ClassVar[str] = "diff"
+    paper: ClassVar[str] = "2309.14859"
     equation: ClassVar[str] = "W + D"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {},

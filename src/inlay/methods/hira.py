@@ -44,6 +44,7 @@ class HiraConfig(Spread):
     rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "Other ranks by module pattern."})
 
     prefix: ClassVar[str] = "hira_"
+    paper: ClassVar[str] = "https://openreview.net/forum?id=TwJrTz9cRS"
     equation: ClassVar[str] = "W + W * (B A)"
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
     ours: ClassVar[frozenset[str]] = Method.ours

@@ -146,7 +146,7 @@ class LoraConfig(Started):
     kasa_config: Any = field(default=None, metadata=_help("Leave out the weight's smallest singular components."))
 
     prefix: ClassVar[str] = "lora_"
-    paper: ClassVar[str] = "arXiv 2106.09685"
+    paper: ClassVar[str] = "2106.09685"
     equation: ClassVar[str] = "W + s B A"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"r": 4, "lora_alpha": 6},

@@ -85,6 +85,7 @@ class ShadowConfig(Method):
     auxiliary_loss_weight: float = field(default=0.05, metadata={"help": "Weight of the shadow's own loss."})
 
     prefix: ClassVar[str] = "shadow_"
+    paper: ClassVar[str] = "2604.19254"
     equation: ClassVar[str] = "block(x + alpha W_up W_down (x - s)), and s moves on with each block"
     count_formula: ClassVar[str] = "2·d·r + 2·(2·d·u + u + d) a block, u = update_hidden_size, and the shadow once"
     unmergeable: ClassVar[str] = (

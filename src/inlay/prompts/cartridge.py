@@ -37,7 +37,7 @@ class CartridgeConfig(CachedMethod):
     peft_type: str | None = PeftType.CARTRIDGE
     num_frozen_tokens: int = field(default=1, metadata={"help": "How many of the first tokens stay as they start."})
 
-    paper: ClassVar[str] = "arXiv 2506.06266"
+    paper: ClassVar[str] = "2506.06266"
 
     def __post_init__(self) -> None:
         super().__post_init__()

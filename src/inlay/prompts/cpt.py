@@ -53,7 +53,7 @@ class CPTConfig(PromptMethod):
     opt_projection_format_epsilon: float | None = field(default=0.1, metadata={"help": "How far a format's embedding may go."})
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "The tokenizer of the prompt."})
 
-    paper: ClassVar[str] = "arXiv 2410.17222"
+    paper: ClassVar[str] = "2410.17222"
     options: ClassVar[tuple[str, ...]] = ("input_type_mask",)
     own_loss: ClassVar[bool] = True
 

@@ -60,7 +60,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     num_ranks: int | None = field(default=1, metadata={"help": "The rank of the scales."})
     num_tasks: int | None = field(default=1, metadata={"help": "The number of tasks."})
 
-    paper: ClassVar[str] = "arXiv 2303.02861"
+    paper: ClassVar[str] = "2303.02861"
     options: ClassVar[tuple[str, ...]] = ("task_ids",)
     inits: ClassVar[type[enum.StrEnum]] = MultitaskPromptTuningInit
 

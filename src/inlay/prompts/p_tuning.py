@@ -50,7 +50,7 @@ class PromptEncoderConfig(PromptMethod):
     encoder_num_layers: int = field(default=2, metadata={"help": "The layers of the LSTM."})
     encoder_dropout: float = field(default=0.0, metadata={"help": "Dropout between the layers of the LSTM."})
 
-    paper: ClassVar[str] = "arXiv 2103.10385"
+    paper: ClassVar[str] = "2103.10385"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,7 +39,7 @@ class PrefixTuningConfig(CachedMethod):
     encoder_hidden_size: int | None = field(default=None, metadata={"help": "The width of the network."})
     prefix_projection: bool = field(default=False, metadata={"help": "Have a network make keys and values."})
 
-    paper: ClassVar[str] = "arXiv 2101.00190"
+    paper: ClassVar[str] = "2101.00190"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,7 +47,7 @@ class PromptTuningConfig(PromptMethod):
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "The tokenizer of the text to start from."})
     tokenizer_kwargs: dict[str, Any] | None = field(default=None, metadata={"help": "Arguments for loading the tokenizer."})
 
-    paper: ClassVar[str] = "arXiv 2104.08691"
+    paper: ClassVar[str] = "2104.08691"
     inits: ClassVar[type[enum.StrEnum]] = PromptTuningInit
 
     def __post_init__(self) -> None:
