@@ -16,17 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from operations.bases import adapter, gpt2, llama, load, mixtral, moved, saved, tensors
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 
 import inlay.methods  # noqa: F401  registers them
@@ -37,55 +34,6 @@ from inlay.formats import streaming
 from inlay.formats.streaming import Checkpoint, Files, Shard, read_header
 from inlay.operations.stream_merge import Rounding, StreamMerge, journal, working_folder
 from inlay.operations.stream_merge.folder import SPARE
-
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
-
-
-def llama(**more: Any) -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_key_value_heads": 1, **more}))
-
-
-def gpt2(**more: Any) -> nn.Module:
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16, **more))
-
-
-def mixtral() -> nn.Module:
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2))
-
-
-def saved(model: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
-    """A base on disk whose biases and norms say something."""
-    generator = torch.Generator().manual_seed(3)
-    for q in model.parameters():
-        q.data = q.data + 0.05 * torch.randn(q.shape, generator=generator)
-    model.to(dtype).save_pretrained(folder, **{"max_shard_size": "6KB", **options})  # type: ignore[operator]
-    return folder
-
-
-def load(folder: Path, cls: Any = AutoModelForCausalLM, **options: Any) -> Any:
-    return cls.from_pretrained(folder, dtype="auto", **options)
-
-
-def moved(model: nn.Module, seed: int = 1) -> None:
-    """Adapters as if they had been trained."""
-    generator = torch.Generator().manual_seed(seed)
-    for q in model.parameters():
-        if q.requires_grad:
-            q.data += 0.05 * torch.randn(q.shape, generator=generator).to(q)
-
-
-def adapter(base: Path, folder: Path, config: Method, seed: int = 1, cls: Any = AutoModelForCausalLM, **options: Any) -> Path:
-    tuned = get_peft_model(load(base, cls, **options), config)
-    moved(tuned, seed)
-    tuned.save_pretrained(folder)
-    return folder
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 def in_memory(base: Path, adapters: list[Path], folder: Path, weights: list[float] | None = None, **options: Any) -> Path:
