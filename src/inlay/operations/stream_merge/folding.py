@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter
@@ -15,7 +16,7 @@ from ...core.retrained import AnyPlace, Retrained
 from ..combine import combined
 from ..disk_base import Group
 from ..effects import Effect, effects
-from .pieces import Pieces, lying, of_adapter, of_update
+from .pieces import Pieces, across, lying, of_adapter, of_update
 from .plan import Combining, Plan, Unit
 
 
@@ -108,7 +109,10 @@ class Folds:
         if self.effect is not None:
             update = self.effect.weights.get((place.path, place.name))
             return Pieces(place, lies, [] if update is None else [of_update(update, lies.axis)])
-        steps = [of_adapter(place.adapters[n], lies.axis) for n in place.here(self.plan.order)]
+        adapters = [place.adapters[n] for n in place.here(self.plan.order)]
+        steps = [of_adapter(p, lies.axis) for p in adapters]
+        if None in steps:
+            steps = [across(place, adapters, lies, torch.float32 if packs else self.plan.dtype(place.site.dtype))]
         return None if None in steps else Pieces(place, lies, [step for step in steps if step is not None])
 
     def keep_bias(self, place: Place, b: Tensor | None) -> None:

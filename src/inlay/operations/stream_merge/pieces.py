@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.additive import Additive, LowRank
 from ...core.method import biased, folded, full
-from ...core.part import Parts, axes_apart
+from ...core.part import PLACES, Parts, axes_apart
 from ...core.place import Place
 from ...core.site import Embedding, Linear, Site, Stack, TransposedLinear
 from ...formats import streaming
@@ -148,6 +148,49 @@ class AddingDense:
 
     def fold(self, w: Tensor, b: Tensor | None, piece: slice) -> tuple[Tensor, Tensor | None]:
         return w.add_(self.change[..., piece] if self.axis == "in" else self.change[piece]), b
+
+
+class Made:
+    """What has been made of a whole weight before, in rows as it lies."""
+
+    def __init__(self, lies: Lying, made: Tensor, bias: Tensor | None) -> None:
+        self.lies, self.made, self.bias = lies, made, bias
+
+    def fold(self, w: Tensor, b: Tensor | None, piece: slice) -> tuple[Tensor, Tensor | None]:
+        bias = self.bias if self.bias is None or self.lies.axis == "in" else self.bias[piece]
+        return w.copy_(self.lies.matrix(self.made[piece])), bias
+
+
+def across(place: Place, adapters: Sequence[Adapter], lies: Lying, dtype: torch.dtype) -> Made | None:
+    """The fold of adapters of which some act on pieces along the other axis than that of the file's slices. The weight is held in
+    memory, and no more of it than some rows or columns is in full precision. None where an adapter needs the whole weight.
+
+    Args:
+        dtype: of the result.
+    """
+    other = "in" if lies.axis == "out" else "out"
+    if lies.axis == "batch" or not all(map(axes_apart, adapters)):
+        return None
+    rounds = [(other, adapters)]
+    if any(other not in axes_apart(p) for p in adapters):
+        rounds, dtype = [(axes_apart(p)[0], [p]) for p in adapters], torch.float32
+    made = torch.empty(lies.shape, dtype=dtype)
+    for rows in slices(lies.shape, lies.together):
+        made[rows] = lies.read(rows)
+    matrix, bias = lies.matrix(made), place.site.bias()
+    for axis, some in rounds:
+        at, steps, before = PLACES[axis], [Folding(p, axis) for p in some], None if bias is None else full(bias)
+        found: list[Tensor] = []
+        for piece in slices(matrix.shape if axis == "out" else matrix.mT.shape):
+            part = matrix.narrow(at, piece.start, piece.stop - piece.start)
+            w, b = full(part), before if before is None or axis == "in" else before[piece]
+            for step in steps:
+                w, b = step.fold(w, b, piece)
+            part.copy_(w)
+            if b is not None:
+                found = [b] if axis == "in" else [*found, b]
+        bias = torch.cat(found) if found else None
+    return Made(lies, made, bias)
 
 
 def of_adapter(p: Adapter, axis: str) -> Step | None:
