@@ -151,6 +151,7 @@ def same_in_pieces(base: Path, folder: Path, tmp_path: Path, monkeypatch: pytest
     for into, whole in (("dequantized", "out"), ("requantized", "again")):
         found = tensors(StreamMerge(base, [folder], base_dtype=into).run(tmp_path / f"{whole}-pieces"))
         for key, expected in tensors(tmp_path / whole).items():
-            off = found[key].double() - expected.double()
-            assert (off != 0).double().mean() < 0.01, key
-            assert not expected.is_floating_point() or expected.itemsize == 1 or off.abs().max() <= 2**-9 * expected.abs().max(), key
+            codes = key.endswith("W_q") or not expected.is_floating_point() or expected.itemsize == 1
+            one, other = (t.contiguous().view(torch.uint8) if codes else t for t in (found[key], expected))
+            assert (one != other).float().mean() < 0.01, key
+            assert codes or (one - other).abs().max() <= 2**-7 * other.abs().max(), key

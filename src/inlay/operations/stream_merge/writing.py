@@ -120,10 +120,7 @@ class Writer:
             return
         tensors = {n: folds.take(n) for n in names}
         for key, tensor in (tensors if group is None else group.revert(tensors, base.model, base.key_of(group))).items():
-            if isinstance(entry, Packed) and plan.keeps(entry):
-                self._pack(entry, tensor, wanted)
-            elif key in wanted:
-                self._put_merged(key, tensor)
+            self._put_whole(key, tensor, wanted)
 
     def _merge_in_pieces(
         self, pieces: Pieces, name: str, group: Group | None, entry: Entry | None, wanted: set[str]
@@ -167,12 +164,18 @@ class Writer:
         if group is not None and group.converter is not None:
             some = group.some(rows)
             for key, part in some.revert({name: tensor}, base.model, base.key_of(some)).items():
-                if some.kept_as[key] in wanted:
-                    self._put_merged(some.kept_as[key], part)
+                self._put_whole(some.kept_as[key], part, wanted)
             return
         key = name if group is None else group.keys[0]
         if key in wanted:
             self._put_merged(key, tensor, rows)
+
+    def _put_whole(self, key: str, tensor: Tensor, wanted: set[str]) -> None:
+        entry = self.plan.checkpoint.tensors.get(key)
+        if isinstance(entry, Packed) and self.plan.keeps(entry):
+            self._pack(entry, tensor, wanted)
+        elif key in wanted:
+            self._put_merged(key, tensor)
 
     def _pack(self, entry: Packed, tensor: Tensor, wanted: set[str]) -> None:
         """A merged weight that is there as a whole, quantised again."""
