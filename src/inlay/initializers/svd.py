@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# What starts an adapter follows from the base and must come out the same whenever the adapter is loaded: no seed of a session.
-SEED = 1009
+from .eigenvectors import SEED, eigenvectors
 
 
 def precise(t: Tensor) -> Tensor:
@@ -30,8 +29,7 @@ def singular_vectors(w: Tensor, k: int, *, smallest: bool = False) -> tuple[Tens
     """
     w = precise(w)
     wide = w.shape[-2] <= w.shape[-1]
-    _, vectors = torch.linalg.eigh(w @ w.mT if wide else w.mT @ w)
-    near = (vectors[..., :k] if smallest else vectors[..., vectors.shape[-1] - k :]).flip(-1)
+    near = eigenvectors(w if wide else w.mT, k, smallest=smallest).flip(-1)
     far = (w.mT if wide else w) @ near
     values = far.norm(dim=-2)
     far = far / values.clamp_min(torch.finfo(w.dtype).tiny).unsqueeze(-2)
