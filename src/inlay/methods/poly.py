@@ -135,15 +135,16 @@ class PolyConfig(LowRank):
         return shares / (shares.sum(-1, keepdim=True) + 1e-12)
 
     def _mixed(self, p: Adapter, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """``A (rows, *batch, r, in)`` and ``B (rows, *batch, out, r)`` of these mixtures."""
+        """``A' (rows, *batch, in, r)`` and ``B' (rows, *batch, r, out)`` of these mixtures: as the skills are kept, so that none of
+        them is copied."""
         shares = shares.to(p.poly_lora_A.dtype)
-        a = torch.einsum("nqs,...qsdr->n...rqd", shares, p.poly_lora_A).flatten(-2)
-        return a, torch.einsum("nqs,...qsrd->n...qdr", shares, p.poly_lora_B).flatten(-3, -2)
+        a = torch.einsum("nqs,...qsdr->n...qdr", shares, p.poly_lora_A).flatten(-3, -2)
+        return a, torch.einsum("nqs,...qsrd->n...rqd", shares, p.poly_lora_B).flatten(-2)
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         """The first task's; that of the only one."""
         a, b = self._mixed(p, self._mixture(p, torch.zeros(1, dtype=torch.int64, device=p.module_logits.device)))
-        return a[0], b[0]
+        return a[0].mT, b[0].mT
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         site, tasks = inner.site, p.call.get("tasks")
@@ -158,14 +159,14 @@ class PolyConfig(LowRank):
         rows = tasks.repeat_interleave(len(x) // len(tasks)) if len(x) != len(tasks) else tasks
         a, b = self._mixed(p, self._mixture(p, rows))
         if isinstance(site, Embedding):
-            # A column of A for each token: its own row's.
+            # A row of A' for each token: its own row's.
             ids = x.reshape(len(x), -1)
-            u = a.gather(-1, ids.unsqueeze(1).expand(-1, a.shape[1], -1)).mT
-            h = site.scaled((u @ b.mT).view(*x.shape, -1))
+            u = a.gather(1, ids.unsqueeze(-1).expand(-1, -1, a.shape[-1]))
+            h = site.scaled((u @ b).view(*x.shape, -1))
         else:
             z, a, b = meet(x.reshape(len(x), -1, x.shape[-1]), a, b)
-            u = z @ a.mT
+            u = z @ a
             if u.dtype == y.dtype:
-                return torch.baddbmm(y.view(len(x), -1, y.shape[-1]), u, b.mT, alpha=self.scaling * p.strength).view(y.shape)
-            h = (u @ b.mT).view(y.shape)
+                return torch.baddbmm(y.view(len(x), -1, y.shape[-1]), u, b, alpha=self.scaling * p.strength).view(y.shape)
+            h = (u @ b).view(y.shape)
         return add(y, h, self.scaling * p.strength)
