@@ -52,18 +52,17 @@ class LoftQConfig:
 
 
 def quantized(site: Site, w: Tensor, r: int, bits: int, iterations: int) -> Tensor:
-    """The weight after the last rounding: each round is of what the factors of the last one left over.
+    """The weight after the last rounding: each round is of what the factors of the last one left over. In the weight's own dtype,
+    without a copy in full precision where there is one round.
 
     Args:
         w: ``(*batch, out, in)``; blocks run as the host keeps its weight in memory.
     """
-    w, product = full(w), torch.zeros(())
-    for i in range(iterations):
-        q = site.matrix(rounded(site.raw(w - product), bits))
-        if i + 1 < iterations:
-            a, b = pissa(w - q, r, 1.0)
-            product = (b @ a).to(w.dtype)
-    return q
+    left = w
+    for _ in range(1, iterations):
+        a, b = pissa(full(w) - site.matrix(rounded(site.raw(left), bits)), r, 1.0)
+        left = full(w) - (b @ a).to(full(w).dtype)
+    return site.matrix(rounded(site.raw(left), bits, w.dtype))
 
 
 class Loftq(Started):

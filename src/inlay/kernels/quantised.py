@@ -253,12 +253,12 @@ def dequantize_rows(codes: Tensor, largest: Tensor, dtype: torch.dtype, out: Ten
     return numbers.to(dtype) if out is None else (out if numbers is out else out.copy_(numbers))
 
 
-def rounded(w: Tensor, to: str, block: int = 64, double: bool = False) -> Tensor:
-    """What is left of a tensor that is stored in a format, float32, in its shape."""
+def rounded(w: Tensor, to: str, block: int = 64, double: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What is left of a tensor that is stored in a format, in its shape."""
     if to == "int8":
         codes, largest = quantize_rows(w)
-        return dequantize_rows(codes.view(-1, w.shape[-1]), largest, torch.float32).view(w.shape)
+        return dequantize_rows(codes.view(-1, w.shape[-1]), largest, dtype).view(w.shape)
     codes, scales = quantize_blocks(w, to, block)
     if double:
         scales = dequantize_scales(*quantize_scales(scales), dynamic_levels(w.device))
-    return dequantize_blocks(codes, scales, to, block, w.numel(), torch.float32).view(w.shape)
+    return dequantize_blocks(codes, scales, to, block, w.numel(), dtype).view(w.shape)
