@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +81,24 @@ class Group:
             return False
         one, tensors = self.some(slice(0, 1)), base.checkpoint.tensors
         try:
-            found = one.convert({key: tensors[kept].meta() for key, kept in one.kept_as.items()}, base.model)
+            found = one.convert(lambda key: tensors[key].meta(), base.model)
             back = one.revert(dict(found), base.model, base.key_of(one))
         except (NotImplementedError, RuntimeError, ValueError, KeyError, IndexError):
             return False
         fits = {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in one.targets.items()}
         return fits and all(t.shape == tensors[one.kept_as[key]].shape for key, t in back.items())
 
-    def convert(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """The model's tensors from the files'."""
+    def convert(self, read: Callable[[str], Tensor], model: Any) -> dict[str, Tensor]:
+        """The model's tensors from the files'.
+
+        Args:
+            read: gives one of them by its key in the files. The conversion lets go of each as soon as it can.
+        """
         if self.converter is None:
-            return {self.first: tensors[self.keys[0]]}
+            return {self.first: read(self.keys[0])}
         converter = copy.deepcopy(self.converter)
         for key in self.keys:
-            converter.add_tensor(self.first, key, self.patterns[key], tensors[key])
+            converter.add_tensor(self.first, key, self.patterns[key], partial(read, self.kept_as.get(key, key)))
         return _single(converter.convert(self.first, model=model, config=model.config))
 
     def revert(self, tensors: dict[str, Tensor], model: Any, original: Callable[[str], str | None]) -> dict[str, Tensor]:
@@ -196,7 +201,7 @@ class DiskBase:
             group.patterns[key] = pattern
         for group in found.values():
             if group.converter is not None:
-                group.targets = group.convert({k: self.checkpoint.tensors[k].meta() for k in group.keys}, model)
+                group.targets = group.convert(lambda key: tensors[key].meta(), model)
         return list(found.values())
 
     def key_of(self, group: Group) -> Callable[[str], str | None]:
@@ -247,6 +252,10 @@ class DiskBase:
         return next((c for c, names in self.aliases.items() if name in names), name)
 
     # ---- values -------------------------------------------------------------------------------------------------------
+    def read(self, key: str) -> Tensor:
+        """A tensor of the files."""
+        return self.files.read(self.checkpoint.tensors[key])
+
     def fetch(self, name: str) -> Tensor:
         """A tensor of the model.
 
@@ -260,7 +269,7 @@ class DiskBase:
             found = {name: self.values[name]()}
         elif name in self.group_of:
             group = self.group_of[name]
-            found = group.convert({k: self.files.read(self.checkpoint.tensors[k]) for k in group.keys}, self.model)
+            found = group.convert(self.read, self.model)
         else:
             raise ValueError(f"The files of {self.checkpoint.folder} lack {name!r}, which an adapter acts on.")
         if held is not None:

@@ -53,13 +53,18 @@ class AdapterFile:
             ValueError: a value is not finite.
         """
         found = self.files.read(self.entries[key]) if self.tensors is None else self.tensors[key]
-        if found.is_floating_point() and not torch.isfinite(found).all():
+        if not is_finite(found):
             raise ValueError(f"{self.source}: {key!r} holds values that are not finite; the adapter is broken.")
         return found
 
     def fingerprint(self) -> list[Any]:
         config = json.dumps(self.config.to_file(), sort_keys=True, default=str)
         return [self.weight, zlib.crc32(config.encode()), *map(_checksum, self.paths)]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Infinities and what is no number show in the extremes, which are found many times faster than by looking at each."""
+    return not (tensor.is_floating_point() and tensor.numel()) or all(bool(x.isfinite()) for x in torch.aminmax(tensor))
 
 
 def _checksum(path: Path) -> int:

@@ -95,11 +95,7 @@ def _one_by_one(plan: Plan, name: str, turned: bool) -> Lying | None:
     if not group.is_stack(base):
         return None
 
-    def read(rows: slice) -> Tensor:
-        some = group.some(rows)
-        return some.convert({key: plan.files.read(plan.checkpoint.tensors[kept]) for key, kept in some.kept_as.items()}, base.model)[name]
-
-    return Lying(group.targets[name].shape, read, turned)
+    return Lying(group.targets[name].shape, lambda rows: group.some(rows).convert(base.read, base.model)[name], turned)
 
 
 # ---- folding ----------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from ...core.attach import attach
 from ...core.config import nearest
 from ...core.inlaid import places
 from ...core.place import Place
+from ...core.plan import Biases
 from ...core.retrained import AnyPlace, Retrained
 from ...core.targets import base_modules
 from ...core.tied import Tied
@@ -342,8 +343,10 @@ class Plan:
         base = f"{place.path}." if place.path else ""
         if isinstance(place, Retrained):
             return [base + key for key in place.adapters[place.here(self.order)[-1]].state_dict()]
-        own = place.site.module._parameters
-        return [base + n for n in (place.site.name, place.site.bias_name) if n is not None and own.get(n) is not None]
+        own, here = place.site.module._parameters, place.here(self.order)
+        only_bias = all(isinstance(p, Adapter) and isinstance(p.method, Biases) for p in map(place.adapters.get, here))
+        names = (None if only_bias else place.site.name, place.site.bias_name)
+        return [base + n for n in names if n is not None and own.get(n) is not None]
 
     @property
     def order(self) -> list[str]:

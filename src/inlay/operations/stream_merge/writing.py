@@ -12,6 +12,7 @@ from ...formats import streaming
 from ...formats.packed import Packed, Packing, slices
 from ...formats.streaming import Entry, Writing
 from ..disk_base import Group
+from .adapters import is_finite
 from .folding import Folds, filled
 from .journal import Journal
 from .pieces import Pieces, fold_within
@@ -212,8 +213,3 @@ def check_finite(key: str, tensor: Tensor) -> None:
     """
     if not is_finite(tensor):
         raise ValueError(f"Merging gives values of {key!r} that are not finite; an adapter seems broken, or its weight too large.")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Infinities and what is no number show in the extremes, which are found many times faster than by looking at each."""
-    return not (tensor.is_floating_point() and tensor.numel()) or all(bool(x.isfinite()) for x in torch.aminmax(tensor))
