@@ -58,6 +58,10 @@ def test_the_folder_holds_what_quantising_in_memory_gives(
     assert found["quantised"] == sum(q.numel() for q in weights)
     assert found["bytes_per_parameter"] == pytest.approx(sum(q.stored_bytes for q in weights) / found["quantised"])
     assert found["bytes"] == sum(f.stat().st_size for f in out.iterdir())
+    (usual := tmp_path / "usual").mkdir()
+    (usual / "file").touch()
+    assert {oct(f.stat().st_mode) for f in out.iterdir()} == {oct((usual / "file").stat().st_mode)}
+    assert out.stat().st_mode == usual.stat().st_mode
     y = logits(expected)
     assert torch.equal(logits(inlay.from_pretrained_quantized(out)), y)
     assert load_tokenizer(str(out)).decode([3, 4]) == load_tokenizer("bundled").decode([3, 4])

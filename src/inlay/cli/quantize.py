@@ -57,6 +57,7 @@ def quantize(
     if out.exists():
         raise InputError(f"--out {out}: exists already; name a new folder.")
     hush()
+    from inlay.formats.folder import as_usual
     from inlay.kernels.quantised_tensor import QuantizedTensor
     from inlay.training.models import load_model, load_tokenizer
 
@@ -69,9 +70,9 @@ def quantize(
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        folder.chmod(0o755)  # mkdtemp's 0700 is for secrets
         loaded.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
+        as_usual(folder)
         folder.rename(out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -137,7 +137,7 @@ class Staged:
         put(path)
         with path.open("rb") as written:
             os.fsync(written.fileno())
-        os.chmod(path, 0o666 & ~_umask())
+        as_usual(path)
 
     def commit(self) -> None:
         for temporary, final in self.files:
@@ -154,10 +154,12 @@ class Staged:
             temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def as_usual(path: Path) -> None:
+    """Give a file, or a folder and all in it, the permissions of any new one: temporary ones are for their owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    for each in (path, *(path.rglob("*") if path.is_dir() else ())):
+        each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
