@@ -236,7 +236,7 @@ def _keep_keys(model: nn.Module, names: Collection[str]) -> None:
         if any(type(op).__module__ == __name__ for op in conversion.operations):
             return False
         back = conversion.reverse_transform()
-        return not any(loading.apply_converters(name, [back])[1] for name in names)
+        return not any(loading.rename_source_key(name, [], [back])[1] for name in names)
 
     model._weight_conversions = [c for c in conversions if stays(c)]  # type: ignore[assignment]
 
@@ -382,7 +382,8 @@ def _asked_config() -> Any:
     class InlayQuantizer(HfQuantizer):
         wanted: dict[str, bool]
         quantization_config: Any
-        serialized_names = {"weight": ["weight", "SCB", "weight_format", *(f"weight.{end}" for end in ENDS)]}
+        # The longest first: the first that a key holds is taken for its end.
+        serialized_names = {"weight": [*(f"weight.{end}" for end in sorted(ENDS, key=len, reverse=True)), "weight_format", "SCB", "weight"]}
 
         def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
             super().__init__(quantization_config, **kwargs)
@@ -409,10 +410,7 @@ def _asked_config() -> Any:
             stacks = sorted({end for name in self.wanted if (end := name.rpartition(".")[2]) != "weight"})
             ends = ("", ".SCB", ".weight_format", *(f".{end}" for end in ENDS))
             own = [WeightConverter([f".{stack}{end}$" for end in ends], f".{stack}", [Read(self)]) for stack in stacks]
-            return own + super().get_weight_conversions()
-
-        def get_load_operations(self) -> dict[str, Any]:
-            return {"deserialize": Read}
+            return own + [WeightConverter(names, name, [Read(self)]) for name, names in self.serialized_names.items()]
 
         def is_serializable(self) -> bool:
             return True

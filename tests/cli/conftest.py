@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-import tiny_chat_model
-from tiny_chat_model import environment, rows
+from .. import tiny_chat_model
+from ..tiny_chat_model import environment, rows
 
 # Runs command lines one after the other, as `inlay` would, and writes down what each of them printed.
 DRIVER = """

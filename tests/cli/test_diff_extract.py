@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from inlay.cli.app import run
 from inlay.core.inlaid import places
 from inlay.core.place import Place
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "face"))
-
-from tiny import ids, llama, logits, mixtral, stir
+from ..tiny import ids, llama, logits, mixtral, stir
 
 
 def saved(folder: Path, seed: int, config: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-import tiny_chat_model
-
 from inlay import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from inlay.cli import merge as verb
 from inlay.cli.app import run
 from inlay.operations.stream_merge import StreamMerge
+
+from .. import tiny_chat_model
 
 
 @pytest.fixture(scope="module")

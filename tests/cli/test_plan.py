@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-import tiny_chat_model
-
 from inlay import LoraConfig, plan
 from inlay.cli.app import run
 from inlay.cli.plan import amount, bytes_in
 from inlay.training.errors import InputError
+
+from .. import tiny_chat_model
 
 SMALL = ["--seq-length", "64", "--batch-size", "2", "--device", "cpu"]
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_chat_model
-from tiny_chat_model import environment, rows
 
 from inlay.cli.consumers import AdapterFacts, verdicts
 from inlay.cli.tuned import base_of
 from inlay.training.errors import InputError
+
+from .. import tiny_chat_model
+from ..tiny_chat_model import environment, rows
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

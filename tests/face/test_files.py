@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import inlay
 from inlay.formats import folder as files
 
-from .tiny import assert_same, bert_classifier, ids, llama, logits, snapshot, stir
+from ..tiny import assert_same, bert_classifier, ids, llama, logits, snapshot, stir
 
 
 @pytest.fixture

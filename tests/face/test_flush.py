@@ -10,7 +10,7 @@ from torch import nn
 
 import inlay
 
-from .tiny import ids, llama, logits, stir
+from ..tiny import ids, llama, logits, stir
 
 
 def test_types_keys_and_base_checkpoints_stay():

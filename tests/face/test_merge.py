@@ -6,7 +6,7 @@ import torch
 import inlay
 from inlay.core.inlaid import places
 
-from .tiny import assert_same, bert_classifier, ids, llama, logits, mixtral, snapshot, stir
+from ..tiny import assert_same, bert_classifier, ids, llama, logits, mixtral, snapshot, stir
 
 
 def test_a_thousand_cycles_in_bfloat16_change_no_bit():

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 import inlay
 from inlay import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from inlay.compat.hotswap import hotswap_adapter
+
+from ..tiny import llama
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
 TOKENS = torch.arange(24).view(2, 12)
@@ -21,18 +23,8 @@ TOKENS = torch.arange(24).view(2, 12)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=64,
-        attention_bias=True,
-        initializer_range=0.2,
-    )
-    model = LlamaForCausalLM(config)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "vocab_size": 64}
+    model = llama(seed=0, **sizes, attention_bias=True, initializer_range=0.2)
     for name, q in model.named_parameters():
         if name.endswith("bias"):
             nn.init.normal_(q, std=0.2)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import inlay
 from inlay.kernels.quantised_tensor import QuantizedTensor
 from inlay.quantize import quantizable
 
-from .tiny import VOCAB, llama, mixtral
+from ..tiny import VOCAB, llama, mixtral
 
 IDS = torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(1))
 
@@ -31,9 +31,7 @@ def gpt2() -> GPT2LMHeadModel:
 
 def wider_llama() -> LlamaForCausalLM:
     """Rows shorter than a block bitsandbytes' kernel for the CPU restores with the scales of other blocks."""
-    torch.manual_seed(7)
-    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB)
-    return LlamaForCausalLM(config).eval()
+    return llama(hidden_size=64, intermediate_size=128, num_key_value_heads=4)
 
 
 def logits(model: Any) -> Tensor:

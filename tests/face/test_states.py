@@ -11,7 +11,7 @@ import inlay
 from inlay.core.inlaid import places
 from inlay.core.session import CarriedChoice
 
-from .tiny import assert_same, ids, llama, logits, snapshot, stir
+from ..tiny import assert_same, ids, llama, logits, snapshot, stir
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import inlay
 from inlay.core.inlaid import adapters_of, places
 from inlay.core.place import Place
 
-from .tiny import ids, llama, logits, stir
+from ..tiny import ids, llama, logits, stir
 
 NEAR = {"rtol": 1e-5, "atol": 1e-6}
 

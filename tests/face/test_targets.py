@@ -7,7 +7,7 @@ from torch import nn
 import inlay
 from inlay.core.targets import NoMatchingPeftModuleError
 
-from .tiny import assert_same, bert_classifier, llama, mixtral, snapshot
+from ..tiny import assert_same, bert_classifier, llama, mixtral, snapshot
 
 
 def adapted(model, **options):

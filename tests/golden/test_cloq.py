@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, MixtralForCausalLM
 
 import inlay
 from inlay.core.adapter import Adapter
 from inlay.core.inlaid import places
 
+from ..tiny import llama, mixtral
 from .support import WEIGHTS
 
 IDS = torch.arange(48).view(4, 12) % 40
@@ -30,19 +31,10 @@ LOADING = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=40,
-        initializer_range=0.2,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "vocab_size": 40}
     path = tmp_path_factory.mktemp("llama")
     # In shards, as large models are.
-    LlamaForCausalLM(config).save_pretrained(path, max_shard_size="100kB")
+    llama(seed=0, **sizes, initializer_range=0.2).save_pretrained(path, max_shard_size="100kB")
     assert (path / "model.safetensors.index.json").is_file()
     return path
 
@@ -151,15 +143,8 @@ def test_outputs_come_nearer_and_the_file_is_that_of_lora(folder: Path, to: str,
 
 def test_experts_that_the_file_keeps_one_by_one(tmp_path: Path) -> None:
     """The model has them as stacks, and the rows of each are those that were routed to it."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    exact = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=40, num_local_experts=3, num_experts_per_tok=2, initializer_range=0.2))
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    exact = mixtral(seed=0, **sizes, vocab_size=40, num_local_experts=3, num_experts_per_tok=2, initializer_range=0.2)
     exact.save_pretrained(tmp_path)
     assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in load_file(tmp_path / WEIGHTS.replace("adapter_", ""))
     left = {}

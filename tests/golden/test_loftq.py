@@ -11,13 +11,14 @@ import pytest
 import torch
 from peft.utils import loftq_utils
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 import inlay
 from inlay.core.site import site_of
 from inlay.initializers.compensation import best_factors
 from inlay.initializers.loftq import quantized
 
+from ..tiny import llama
 from .test_initializers import adapters, factors
 
 TOKENS = torch.arange(24).view(2, 12)
@@ -66,9 +67,7 @@ def test_the_same_residual(bits: int, iterations: int) -> None:
 
 
 def base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
-    return LlamaForCausalLM(config).eval()
+    return llama(seed=0, hidden_size=64, intermediate_size=128, num_key_value_heads=4, vocab_size=64)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from inlay.core.attach import attach
 from inlay.initializers import cloq
 from inlay.initializers.compensation import best_factors, weighted
 
+from .. import tiny
 from .backends import BACKENDS, SETTINGS
 from .layouts import Model
 from .support import BY_NAME, adapter_places, adapters
@@ -248,13 +249,8 @@ def test_little_memory_changes_nothing() -> None:
 
 
 def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, max_position_embeddings=24
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32}
+    return tiny.llama(1, seed=0, **sizes, max_position_embeddings=24)
 
 
 def test_padding_does_not_count() -> None:

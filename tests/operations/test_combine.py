@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from law.layouts import Layout
-from law.support import BY_NAME, acting, adapted, add, each
 from torch import Tensor, nn
 
 import inlay
@@ -21,6 +19,9 @@ from inlay.operations.arithmetic import COMBINATIONS, Options, combination
 from inlay.operations.combine import add_weighted_adapter
 from inlay.operations.cutting import cut
 from inlay.operations.effects import effects
+
+from ..law.layouts import Layout
+from ..law.support import BY_NAME, acting, adapted, add, each
 
 SOME = acting("linear", "conv2d-groups", "embedding", "layer-norm", "experts-transposed", "attention", "tied", once=True)
 HOST = {"target_modules": ["host"]}

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from law.layouts import Layout
-from law.support import BY_NAME, acting, adapted, close, each
 from torch import nn
 
 import inlay
@@ -16,6 +14,9 @@ from inlay.core.attach import attach
 from inlay.core.inlaid import session_of
 from inlay.operations.convert import conversion
 from inlay.operations.effects import effects
+
+from ..law.layouts import Layout
+from ..law.support import BY_NAME, acting, adapted, close, each
 
 LINEAR = BY_NAME["linear"]
 LAYOUTS = ("linear", "conv1d-gpt2", "conv2d-groups", "transpose2d-groups", "embedding", "layer-norm", "experts", "attention", "tied")

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tiny_chat_model import make_model, make_tokenizer
+from ..tiny_chat_model import make_model, make_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_chat_model
 import torch
-from tiny_chat_model import environment, rows
 
 import inlay
 from inlay.core.inlaid import adapters_of
+
+from .. import tiny_chat_model
+from ..tiny_chat_model import environment, rows
 
 
 def losses(folder: Path, *words: str) -> list[float]:

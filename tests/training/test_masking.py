@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny_chat_model import FORGETFUL, FORGETFUL_WITH_MARKS, make_tokenizer
 
 from inlay.training.data import Sample
 from inlay.training.errors import InputError
 from inlay.training.masking import IGNORED, Encoded, Encoder, MaskError, apply_template_choice
+
+from ..tiny_chat_model import FORGETFUL, FORGETFUL_WITH_MARKS, make_tokenizer
 
 END, START = 2, 1
 

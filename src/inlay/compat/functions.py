@@ -95,6 +95,16 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     return model.get_submodule(parent), model.get_submodule(key), name
 
 
+def _maybe_shard_state_dict_for_tp(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> None:
+    """What older versions of transformers call before they load an adapter: nothing, for a model that is not split among devices.
+
+    Raises:
+        ValueError: it is split, by tensor parallelism.
+    """
+    if any(getattr(m, "_hf_tp_plan", None) is not None and getattr(m, "_hf_device_mesh", None) is not None for m in model.modules()):
+        raise ValueError("The model is split by the tensor parallelism of an older transformers; load it without `tp_plan`.")
+
+
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
     """The weight, transposed where ``fan_in_fan_out``."""
     if not fan_in_fan_out:

@@ -17,7 +17,7 @@ def live_name(key: str, adapter_name: str, prefixes: tuple[str, ...]) -> str:
         adapter_name: what the adapter is called in the model.
         prefixes: what the methods' tensors begin with.
     """
-    parts = key.removeprefix(PREFIX).split(".")
+    parts = [part for part in key.removeprefix(PREFIX).split(".") if part != "token_adapter"]
     at = next((i for i, part in enumerate(parts) if part.startswith(prefixes)), None)
     if at is None or "adapters" in parts[:at]:
         return ".".join(part for part in parts if part != "base_layer")
@@ -26,9 +26,9 @@ def live_name(key: str, adapter_name: str, prefixes: tuple[str, ...]) -> str:
 
 
 def prefixes_of(config: Any) -> tuple[str, ...]:
-    """What the tensors of a configuration's method begin with; of all methods where it is not known."""
+    """What the tensors of a configuration's method begin with, and those of tokens beside it; of all methods where it is not known."""
     own = getattr(config, "prefix", "")
-    return (own,) if own else tuple(cls.prefix for cls in METHODS.values() if cls.prefix)
+    return (own, "trainable_tokens_") if own else tuple(cls.prefix for cls in METHODS.values() if cls.prefix)
 
 
 def load_map(layer: Any, adapter_name: str) -> dict[str, str]:

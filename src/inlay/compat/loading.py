@@ -7,9 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.integrations.peft import PeftAdapterMixin
 
 from ..core.adapter import Adapter
-from .keys import live_name, prefixes_of
+from .keys import live_name, load_map, prefixes_of
+
+# Whether this version of transformers asks the layers what they call the tensors for which the general rule is wrong.
+ASKS_LAYERS = "adapter_state_dict_load_map" in PeftAdapterMixin.load_adapter.__code__.co_names
 
 
 class _AdapterNames(WeightRenaming):
@@ -34,8 +38,8 @@ class _AdapterTensors(WeightConverter):
 
     __slots__ = ()
 
-    def __init__(self) -> None:
-        super().__init__("adapter tensor", "adapter tensor", [_FromFile()])
+    def __init__(self, adapter_name: str) -> None:
+        super().__init__("adapter tensor", "adapter tensor", [_FromFile(adapter_name)])
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         return source_key, self.source_patterns[0]
@@ -45,6 +49,9 @@ class _AdapterTensors(WeightConverter):
 
 
 class _FromFile(ConversionOps):
+    def __init__(self, adapter_name: str) -> None:
+        self.adapter_name = adapter_name
+
     def convert(
         self, input_dict: dict[str, list[Tensor]], source_patterns: Sequence[str], target_patterns: Sequence[str], **kwargs: Any
     ) -> dict[str, Any]:
@@ -52,6 +59,10 @@ class _FromFile(ConversionOps):
         (tensor,) = next(iter(input_dict.values()))
         path, _, leaf = name.rpartition(".")
         holder = model.get_submodule(path)
+        if not ASKS_LAYERS and "_inlay" in vars(holder):
+            name = f"{path}.{load_map(holder, self.adapter_name).get(leaf, leaf)}"
+            path, _, leaf = name.rpartition(".")
+            holder = model.get_submodule(path)
         param = holder.declared.get(leaf) if isinstance(holder, Adapter) else None
         if param is not None and tuple(tensor.shape) == param.shape_in_file(holder.site):
             tensor = param.from_file(holder.site, tensor)
@@ -73,6 +84,14 @@ def build_peft_weight_mapping(
         weight_conversions: those of the base; its renamings hold for the paths of adapters too.
         adapter_name: the adapter in the model.
         peft_config: its configuration.
+
+    Raises:
+        ValueError: the adapter has raw parameters, and this version of transformers cannot tell those of one module apart.
     """
+    if not ASKS_LAYERS and getattr(peft_config, "target_parameters", None):
+        raise ValueError(
+            "This version of transformers cannot load adapters of raw parameters (`target_parameters`) by itself; load this one by "
+            "`inlay.PeftModel.from_pretrained`, or install a newer transformers."
+        )
     of_base = [c for c in weight_conversions or () if isinstance(c, WeightRenaming)]
-    return [_AdapterNames(adapter_name, prefixes_of(peft_config)), *of_base, _AdapterTensors()]
+    return [_AdapterNames(adapter_name, prefixes_of(peft_config)), *of_base, _AdapterTensors(adapter_name)]

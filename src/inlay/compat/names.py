@@ -73,7 +73,7 @@ _HOMES = {
         "reduce_intruder_dimension rescale_adapter_scale update_forward_signature update_generate_signature update_signature"
     ),
     "inlay.compat.functions": (
-        "PeftWarning _get_submodules cast_adapter_dtype check_target_module_exists "
+        "PeftWarning _get_submodules _maybe_shard_state_dict_for_tp cast_adapter_dtype check_target_module_exists "
         "delete_adapter fsdp_auto_wrap_policy infer_device set_adapter "
         "set_requires_grad transpose"
     ),

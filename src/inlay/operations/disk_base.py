@@ -208,7 +208,7 @@ class DiskBase:
         """The key in the files by the name that undoing a conversion gives."""
         from transformers import core_model_loading as loading
 
-        known = {loading.apply_renamings(key, self._renamings): key for key in group.keys} | {key: key for key in group.keys}
+        known = {loading.rename_source_key(key, self._renamings, [])[0]: key for key in group.keys} | {key: key for key in group.keys}
         prefix = f"{self.model.base_model_prefix}."
 
         def find(name: str) -> str | None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import (
     HRAConfig,
@@ -198,8 +199,15 @@ def experts(folder: Path) -> dict[str, Any]:
     expected = logits(model)
     model.save_pretrained(folder / "experts")
     loaded = fresh()
-    report = loaded.load_adapter(str(folder / "experts"))
-    assert not report.missing_keys | report.unexpected_keys, report
+    if "adapter_state_dict_load_map" in loaded.load_adapter.__code__.co_names:
+        report = loaded.load_adapter(str(folder / "experts"))
+        assert not report.missing_keys | report.unexpected_keys, report
+    else:
+        # An older transformers cannot tell the parameters of one module apart.
+        if "inlay" in sys.modules:
+            with pytest.raises(ValueError, match="newer transformers"):
+                loaded.load_adapter(str(folder / "experts"))
+        loaded = PeftModel.from_pretrained(fresh(), folder / "experts")
     torch.testing.assert_close(loaded(INPUT_IDS).logits[0, -1], torch.tensor(expected))
     return {"experts": expected}
 

@@ -1,6 +1,7 @@
 """Tiny random models of real architectures, and what the tests do to them."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,39 +10,29 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 VOCAB = 100
 
 
-def llama(layers: int = 2, **options) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        **options,
-    )
-    torch.manual_seed(7)
-    return LlamaForCausalLM(config).eval()
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+}
 
 
-def mixtral() -> MixtralForCausalLM:
-    config = MixtralConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        num_local_experts=4,
-    )
-    torch.manual_seed(7)
-    return MixtralForCausalLM(config).eval()
+def llama(layers: int = 2, seed: int = 7, **options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": layers, **options})).eval()
+
+
+def mixtral(seed: int = 7, **options: Any) -> MixtralForCausalLM:
+    torch.manual_seed(seed)
+    return MixtralForCausalLM(MixtralConfig(**{**SIZES, "num_local_experts": 4, **options})).eval()
 
 
 def bert_classifier() -> BertForSequenceClassification:
     torch.manual_seed(7)
-    return BertForSequenceClassification(
-        BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB)
-    ).eval()
+    return BertForSequenceClassification(BertConfig(**{k: n for k, n in SIZES.items() if k != "num_key_value_heads"})).eval()
 
 
 def ids(rows: int = 2, length: int = 6) -> torch.Tensor:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .tiny import llama
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -46,24 +48,8 @@ def make_tokenizer(template: str | None = CHATML, merges: tuple[tuple[str, str],
 
 def make_model(vocabulary: int, tied: bool = True) -> Any:
     """Random, in eval mode. With tied embeddings it repeats itself."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config).eval()
+    special = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    return llama(seed=0, vocab_size=vocabulary, max_position_embeddings=256, tie_word_embeddings=tied, **special)
 
 
 def save(folder: Path) -> Path:

@@ -1,8 +1,0 @@
-"""The hosts and helpers of the law serve here too."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
