@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from operations.bases import adapter, gpt2, llama, load, mixtral, moved, saved, tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -34,6 +33,8 @@ from inlay.formats import streaming
 from inlay.formats.streaming import Checkpoint, Files, Shard, read_header
 from inlay.operations.stream_merge import Rounding, StreamMerge, journal, working_folder
 from inlay.operations.stream_merge.folder import SPARE
+
+from .bases import adapter, gpt2, llama, load, mixtral, moved, saved, tensors
 
 
 def in_memory(base: Path, adapters: list[Path], folder: Path, weights: list[float] | None = None, **options: Any) -> Path:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from operations.bases import Quantised, both_dequantised, llama, quantised_by, requantised, same_in_pieces
 from torch import Tensor, nn
+
+from .bases import Quantised, both_dequantised, llama, quantised_by, requantised, same_in_pieces
 
 quantize = pytest.importorskip("hqq.core.quantize")
 

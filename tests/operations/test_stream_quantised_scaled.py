@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from operations.bases import (
+from torch import Tensor
+
+from inlay import LoraConfig
+from inlay.operations.stream_merge import StreamMerge
+from inlay.stores.torchao import MAKERS
+
+from .bases import (
     Quantised,
     adapter,
     both_dequantised,
@@ -23,11 +29,6 @@ from operations.bases import (
     tensors,
     written,
 )
-from torch import Tensor
-
-from inlay import LoraConfig
-from inlay.operations.stream_merge import StreamMerge
-from inlay.stores.torchao import MAKERS
 
 MOST = 448.0
 

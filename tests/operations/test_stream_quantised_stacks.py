@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from operations.bases import load, mixtral, moved, saved
 
 from inlay import LoraConfig, from_pretrained_quantized, get_peft_model, quantize_
 from inlay.core.stores import store_of
 from inlay.operations.stream_merge import StreamMerge
+
+from .bases import load, mixtral, moved, saved
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from operations.bases import Quantised, adapter, both_dequantised, gpt2, llama, quantised_by, requantised, same_in_pieces
 from torch import Tensor
 
 from inlay import LoraConfig
 from inlay.formats.packed.words import pack, unpack
 from inlay.operations.stream_merge import StreamMerge
+
+from .bases import Quantised, adapter, both_dequantised, gpt2, llama, quantised_by, requantised, same_in_pieces
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
