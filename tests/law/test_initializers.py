@@ -27,11 +27,12 @@ from inlay.initializers.directions import StreamedDirections
 from inlay.initializers.eva import get_eva_state_dict, initialize_lora_eva_weights
 from inlay.initializers.loraga import leading
 from inlay.initializers.mica import minor_directions
-from inlay.initializers.offset import AT_ONCE, Starts, alive
+from inlay.initializers.offset import alive
 from inlay.initializers.olora import olora
 from inlay.initializers.pissa import pissa
 from inlay.initializers.search import distribute
 from inlay.initializers.svd import approximate_singular_vectors, singular_vectors
+from inlay.initializers.together import AT_ONCE, Starts
 from inlay.kernels.blockwise import rounded as in_bits
 
 from .layouts import LAYOUTS, Layout, Model
@@ -420,6 +421,38 @@ def test_layers_of_one_shape_are_decomposed_together(monkeypatch: pytest.MonkeyP
         assert not p.shared.found
         a, b = pissa(p.site.read()[0], 2, 4.0)
         close(p.lora_B @ p.lora_A, (b @ a).float(), 1e-5)
+
+
+@pytest.mark.parametrize("init", ["mica", "loftq"])
+def test_mica_and_loftq_decompose_layers_of_one_shape_together(init: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The numbers are those of one layer at a time; and a file's layers are only rounded again."""
+    calls, seen = [], []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda t: calls.append(tuple(t.shape)) or eigh(t))
+
+    def made() -> tuple[nn.Module, list[Tensor]]:
+        options = {"loftq_config": inlay.LoftQConfig(loftq_iter=2)} if init == "loftq" else {}
+        config = inlay.LoraConfig(r=2, init_lora_weights=init, target_modules="all-linear", **options)
+        config.runtime_config.progress = lambda done, total: seen.append((done, total))
+        calls.clear()
+        model = inlay.get_peft_model(Stacked(), config)
+        return model, [t for p in adapters(model) for t in (p.lora_B, p.lora_A, *p.buffers()) if t.any()]
+
+    model, together = made()
+    rounds = 2 if init == "loftq" else 1
+    assert sorted(calls) == [(1, 8, 8)] * rounds + [(3, 6, 6)] * rounds
+    assert seen == [(1, 4), (4, 4)] or seen == [(3, 4), (4, 4)]
+    monkeypatch.setitem(AT_ONCE, "cpu", 1)
+    _, alone = made()
+    assert len(calls) == 4 * rounds
+    for one, other in zip(together, alone, strict=True):
+        close(one, other, 1e-6)
+    model.save_pretrained(tmp_path)
+    calls.clear()
+    again = inlay.PeftModel.from_pretrained(Stacked(), tmp_path)
+    assert len(calls) == (4 * (rounds - 1) if init == "loftq" else 0)
+    x = drawn(5, 8).float()
+    torch.testing.assert_close(again(x), model(x))
 
 
 class Read(nn.Module):

@@ -16,10 +16,11 @@ from .eva import EvaConfig
 from .loftq import LoftQConfig, loftq
 from .loraga import LoraGAConfig, loraga_start
 from .mica import mica
-from .offset import Offset, Starter, offset, weights
+from .offset import Offset, Starter, offset
 from .olora import olora
 from .pissa import pissa
 from .started import Started
+from .together import weights
 
 if TYPE_CHECKING:
     from ..core.site import Site

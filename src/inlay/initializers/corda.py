@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from ..core.families import acts_on_last_axis
 from ..core.site import Embedding, Stack
 from .calibration import Progress, SameInput, is_multiplied, multiplied, store, stored, targets, watching
-from .offset import alike, unknown_start, weights
+from .offset import unknown_start
 from .stacks import each_expert
 from .started import no_factors
 from .svd import precise, singular_vectors
+from .together import Together, weights
 
 if TYPE_CHECKING:
     from ..core.site import Site
@@ -176,24 +177,39 @@ def _decomposed(
     absent = next((name for name in sites if name not in covariances), None)
     if absent is not None:
         raise ValueError(f"{absent!r} met no input while `run_model` ran; run the whole model, or take the layer out of the targets.")
+    components_of = _Components(sites, covariances, ranks, smallest, progress)
     found: dict[str, Tensor] = {}
-    waiting = dict(sites)
-
-    def kind(name: str) -> tuple[Any, ...]:
-        return sites[name].shape, sites[name].device, covariances[name].shape, ranks[name]
-
-    while waiting:
-        first, site = next(iter(waiting.items()))
-        names = alike(first, waiting, kind, max(site.shape.numel(), covariances[first].numel()))
-        seen = torch.stack([covariances[name].to(site.device) for name in names])
-        u, s, v = components(weights([waiting.pop(name) for name in names]), seen, ranks[first], smallest=smallest)
-        for i, name in enumerate(names):
-            for leaf, t in (("U", u), ("S", s), ("V", v)):
-                # Not a view, which would go to a file with all others of its stack.
-                found[f"{name}.eigens.{leaf}_WC"] = t[i].float().clone(memory_format=torch.contiguous_format)
-        if progress is not None:
-            progress(len(sites) - len(waiting), len(sites))
+    for name in sites:
+        for leaf, t in zip(("U", "S", "V"), components_of.take(name), strict=True):
+            # Not a view, which would go to a file with all others of its stack.
+            found[f"{name}.eigens.{leaf}_WC"] = t.float().clone(memory_format=torch.contiguous_format)
     return found
+
+
+class _Components(Together):
+    """The components of layers, decomposed together."""
+
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        covariances: Mapping[str, Tensor],
+        ranks: Mapping[str, int],
+        smallest: bool,
+        progress: Progress | None,
+    ) -> None:
+        super().__init__(sites, progress)
+        self.covariances, self.ranks, self.smallest = covariances, ranks, smallest
+
+    def kind(self, path: str) -> object:
+        return super().kind(path), self.covariances[path].shape, self.ranks[path]
+
+    def numbers(self, path: str) -> int:
+        return max(super().numbers(path), self.covariances[path].numel())
+
+    def find(self, paths: Sequence[str]) -> tuple[Tensor, ...]:
+        sites = [self.sites[path] for path in paths]
+        seen = torch.stack([self.covariances[path].to(sites[0].device) for path in paths])
+        return components(weights(sites), seen, self.ranks[paths[0]], smallest=self.smallest)
 
 
 def components(w: Tensor, covariance: Tensor, r: int, *, smallest: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,9 @@ def eigenvectors(w: Tensor, k: int, *, smallest: bool = False) -> Tensor:
         w: ``(*batch, m, n)``, ``m <= n``, in the precision to compute in.
     """
     m, found = w.shape[-2], None
-    if w.dtype == torch.float64 and m >= max(MANY, 4 * (k + SPARE)):
+    # What has no numbers (`inlay.plan`) goes the way that asks for none.
+    has_numbers = type(w) in (Tensor, torch.nn.Parameter) and not w.is_meta
+    if has_numbers and w.dtype == torch.float64 and m >= max(MANY, 4 * (k + SPARE)):
         found = _smallest(w, k) if smallest else _largest(w, k)
     if found is None:
         _, vectors = torch.linalg.eigh(w @ w.mT)

@@ -8,7 +8,7 @@ the weights on disk.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from .compensation import compensate, quantised_layers
 from .offset import alive
 from .pissa import pissa
 from .started import Started
+from .together import Computed, weights
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -51,21 +52,22 @@ class LoftQConfig:
             raise ValueError(f"`loftq_iter` is at least 1, not {self.loftq_iter!r}.")
 
 
-def quantized(site: Site, w: Tensor, r: int, bits: int, iterations: int) -> Tensor:
-    """The weight after the last rounding: each round is of what the factors of the last one left over. In the weight's own dtype,
-    without a copy in full precision where there is one round.
+def quantized(sites: Sequence[Site], r: int, options: LoftQConfig) -> tuple[Tensor, Tensor]:
+    """The weights after the last rounding, each of what the factors of the one before left over; and what that rounding lost. Both
+    ``(sites, *batch, out, in)``. Blocks run as each host keeps its weight in memory."""
+    w = full(weights(sites))
+    product = torch.zeros((), dtype=w.dtype, device=w.device)
+    for i in range(options.loftq_iter):
+        pairs = zip(sites, w - product, strict=True)
+        q = torch.stack([site.matrix(rounded(site.raw(t), options.loftq_bits)) for site, t in pairs])
+        if i + 1 < options.loftq_iter:
+            a, b = pissa(w - q, r, 1.0)
+            product = (b @ a).to(w.dtype)
+    q = q.to(sites[0].dtype)
+    return q, w - full(q)
 
-    Args:
-        w: ``(*batch, out, in)``; blocks run as the host keeps its weight in memory.
-    """
-    left = w
-    for _ in range(1, iterations):
-        a, b = pissa(full(w) - site.matrix(rounded(site.raw(left), bits)), r, 1.0)
-        left = full(w) - (b @ a).to(full(w).dtype)
-    return site.matrix(rounded(site.raw(left), bits, w.dtype))
 
-
-class Loftq(Started):
+class Loftq(Computed):
     """Mixed in front of a method: the weight beneath the update is the rounded one."""
 
     @property
@@ -94,12 +96,22 @@ class Loftq(Started):
         declared |= {name: replace(declared[name], init=zeros) for name in self.names(site)}
         return declared | {self.base: Param(("out", "in"), zeros, trainable=False, persistent=False, dtype=site.dtype)}
 
+    def kind(self, site: Site) -> object:
+        return super().kind(site), site.dtype
+
+    def compute(self, sites: Sequence[Site], paths: Sequence[str], known: bool) -> tuple[Tensor, ...]:
+        """The weight beneath the update, and factors of what that lacks."""
+        r = self.rank_at(sites[0])
+        q, lost = quantized(sites, r, LoftQConfig(**self.loftq_config))
+        return (q,) if known else (q, *alive(*pissa(lost, r, self.scaling), r))
+
     def derive(self, p: Adapter) -> None:
         super().derive(p)
-        options = LoftQConfig(**self.loftq_config)
         with torch.no_grad():
-            w = p.site.read()[0]
-            self.rounded(p).copy_(quantized(p.site, w, self.rank_at(p.site), options.loftq_bits, options.loftq_iter))
+            q, *factors = self.computed(p, known=any(t.any() for t in self.tensors(p)))
+            self.rounded(p).copy_(q)
+        if factors:
+            p.__dict__["first_factors"] = factors
 
     def rounded(self, p: Adapter) -> Tensor:
         """The weight beneath the update."""
@@ -107,9 +119,8 @@ class Loftq(Started):
 
     @torch.no_grad()
     def start(self, p: Adapter) -> None:
-        r = self.rank_at(p.site)
-        found = pissa(full(p.site.read()[0]) - full(self.rounded(p)), r, self.scaling)
-        for old, new in zip(self.tensors(p), self.placed(p.site, *alive(*found, r)), strict=True):
+        a, b = p.__dict__.pop("first_factors", None) or self.computed(p)[1:]
+        for old, new in zip(self.tensors(p), self.placed(p.site, a, b), strict=True):
             old.copy_(new)
         super().start(p)
         magnitude = getattr(p, f"{self.prefix}magnitude_vector", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from ..core.param import Param, zeros
 from ..core.site import Site
 from .started import Started
 from .svd import precise, singular_vectors
+from .together import Computed, weights
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -29,7 +31,7 @@ def minor_directions(w: Tensor, r: int) -> Tensor:
     return u[..., -r:]
 
 
-class Mica(Started):
+class Mica(Computed):
     """Mixed in front of a method: B is frozen, and A starts from zero, unless what stands between the two does."""
 
     def refuses(self, site: Site) -> str | None:
@@ -48,9 +50,12 @@ class Mica(Started):
         declared[b] = replace(declared[b], init=zeros, trainable=False)
         return declared
 
+    def compute(self, sites: Sequence[Site], paths: Sequence[str], known: bool) -> tuple[Tensor]:
+        return (minor_directions(weights(sites), self.rank_at(sites[0])),)
+
     def start(self, p: Adapter) -> None:
-        kept = self.tensors(p)[-1]
-        kept.copy_(minor_directions(p.site.read()[0].detach(), kept.shape[-1]))
+        (b,) = self.computed(p)
+        self.tensors(p)[-1].copy_(b)
         super().start(p)
 
 

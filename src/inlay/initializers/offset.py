@@ -10,26 +10,22 @@ makes of its ranks, it makes of either half.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..core.method import Method, padded
+from ..core.method import padded
 from ..core.mixins import mixed_in
 from ..core.param import Param, generator_for, kaiming_uniform, zeros
 from ..core.site import Site
 from .started import Started
+from .together import Computed
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
-
-# How many numbers of weights are decomposed at once. A CPU goes through a stack one by one, and better with one in its cache.
-AT_ONCE = {"cpu": 2**20}
-AT_ONCE_ELSEWHERE = 2**24
 
 
 class Starter(NamedTuple):
@@ -46,7 +42,7 @@ class Starter(NamedTuple):
     again: bool = True
 
 
-class Offset(Started):
+class Offset(Computed):
     """Mixed in front of a method for starts whose product is not zero.
 
     The start is kept in frozen buffers. What follows from the base is computed again when an adapter is loaded; what came from
@@ -70,14 +66,15 @@ class Offset(Started):
             declared[kept] = replace(declared[name], key=f"{kept}.weight", trainable=False, persistent=data, optional=data)
         return declared
 
+    def compute(self, sites: Sequence[Site], paths: Sequence[str], known: bool) -> tuple[Tensor, Tensor]:
+        return alive(*self.starter.find(sites, self, paths), self.rank_at(sites[0]))
+
     def derive(self, p: Adapter) -> None:
         super().derive(p)
         if not self.starter.again and any(t.any() for t in self.tensors(p)):
             raise ValueError(unknown_start(self.start_name, p.path))
-        waiting = isinstance(p.shared, Starts) and p.path in p.shared
-        starts = p.shared if waiting else Starts({p.path: p.site}, lambda _: self)
         with torch.no_grad():
-            for kept, value in zip(self.start_names(p.site).values(), self.placed(p.site, *starts.take(p.path)), strict=True):
+            for kept, value in zip(self.start_names(p.site).values(), self.placed(p.site, *self.computed(p)), strict=True):
                 getattr(p, kept).copy_(value)
 
     def start(self, p: Adapter) -> None:
@@ -126,64 +123,6 @@ def unknown_start(init: str, path: str) -> str:
     )
 
 
-class Starts(nn.Module):
-    """The starts of all layers of one adapter, computed when the first is asked for, those of one shape together.
-
-    Args:
-        sites: the layers by name.
-        method_of: the method as it is for a name.
-        progress: called with the number of layers that are done, and of all.
-    """
-
-    def __init__(
-        self, sites: Mapping[str, Site], method_of: Callable[[str], Method], progress: Callable[[int, int], object] | None = None
-    ) -> None:
-        super().__init__()
-        self.progress, self.total, self.done = progress, len(sites), 0
-        self.methods = {path: m for path in sites if isinstance(m := method_of(path), Offset)}
-        self.sites = {path: sites[path] for path in self.methods}
-        self.found: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def __contains__(self, path: str) -> bool:
-        return path in self.sites or path in self.found
-
-    def take(self, path: str) -> tuple[Tensor, Tensor]:
-        """The start of one layer, which is forgotten here."""
-        if path not in self.found:
-            self._compute(self._like(path))
-        return self.found.pop(path)
-
-    def _like(self, path: str) -> list[str]:
-        """Layers that are decomposed in one call with this one."""
-        return alike(path, self.sites, self._kind, self.sites[path].shape.numel())
-
-    def _kind(self, path: str) -> tuple[Any, ...]:
-        site, method = self.sites[path], self.methods[path]
-        return site.shape, site.device, method.rank_at(site), method.scaling, method.init
-
-    @torch.no_grad()
-    def _compute(self, paths: Sequence[str]) -> None:
-        method, sites = self.methods[paths[0]], [self.sites.pop(path) for path in paths]
-        site = sites[0]
-        a, b = alive(*method.starter.find(sites, method, paths), method.rank_at(site))
-        self.found |= {path: (a[i], b[i]) for i, path in enumerate(paths)}
-        for path in paths:
-            del self.methods[path]
-        self.done += len(paths)
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-
-def alike(path: str, sites: Mapping[str, Site], kind: Callable[[str], object], numbers: int) -> list[str]:
-    """This layer and others of its kind, as many as are decomposed in one call.
-
-    Args:
-        numbers: how many there are to hold of each.
-    """
-    most, own = max(1, AT_ONCE.get(sites[path].device.type, AT_ONCE_ELSEWHERE) // max(1, numbers)), kind(path)
-    return [path, *islice((other for other in sites if other != path and kind(other) == own), most - 1)]
-
-
 def alive(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Factors of rank r. Ranks that the weight does not have, where both factors would be zero for ever, start as those of LoRA do.
 
@@ -201,8 +140,3 @@ def alive(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor]:
     drawn = torch.empty(a.shape[-2:], dtype=torch.float32)
     kaiming_uniform(drawn, generator_for(0, "surplus"))
     return torch.where(dead.unsqueeze(-1), drawn.to(a), a), torch.where(dead.unsqueeze(-2), torch.zeros_like(b), b)
-
-
-def weights(sites: Sequence[Site]) -> Tensor:
-    """The weights of sites of one shape, ``(sites, *batch, out, in)``."""
-    return torch.stack([site.read()[0].detach() for site in sites])

@@ -58,6 +58,13 @@ class Started(LowRank):
     init_option: ClassVar[str] = "init_weights"
     own_inits: ClassVar[tuple[str, ...]] = ()
 
+    # The tensors are the factors themselves.
+    _plain: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._plain = all(getattr(cls, name) is getattr(Started, name) for name in ("joined", "cut", "tensors", "whole"))
+
     # ---- the factors --------------------------------------------------------------------------------------------------
     def names(self, site: Site) -> tuple[str, ...]:
         """The tensors that make up the update: that of A first, that of B last."""
@@ -88,6 +95,9 @@ class Started(LowRank):
         return None
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        if self._plain:
+            a, b = self.names(p.site)
+            return getattr(p, a), getattr(p, b)
         return self.cut(*self.whole(p))
 
     def trained(self, p: Adapter) -> tuple[Tensor, Tensor] | None:
@@ -171,10 +181,10 @@ class Started(LowRank):
         return variant if idea is None or not isinstance(variant, Started) else variant.become(idea(type(variant)))
 
     def shared(self, sites: Mapping[str, Site]) -> nn.Module | None:
-        from . import STARTS
-        from .offset import Starts
+        from . import KINDS
+        from .together import Starts
 
-        if self.start_name not in STARTS or self.unfit(self.start_name):
+        if self.start_name not in KINDS or self.unfit(self.start_name):
             return None
         return Starts(sites, self.at, self.runtime_config.progress)
 
