@@ -7,6 +7,7 @@ import json
 import peft
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -125,6 +126,28 @@ def test_several_adapters_rows_and_cached_generation(name):
     beams = model.generate(input_ids=IDS, **GREEDY, num_beams=2, adapter_names=["b", "default", "b"])
     with model.use_adapters("default"):
         assert torch.equal(beams[1], model.generate(input_ids=IDS, **GREEDY, num_beams=2)[1])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_attentions_own_products_serve_both(name):
+    """What comes of the input and what goes to the output is multiplied once; with a hook on its layer each is multiplied apart."""
+    model = randomised(wrapped(inlay, name))
+    first, last = (model.get_base_model().model.layers[2].self_attn.get_submodule(n) for n in ("q_proj", "o_proj"))
+    prompts = [q for q in model.parameters() if q.requires_grad]
+
+    def run():
+        with FlopCounterMode(display=False) as flops:
+            logits = model(IDS).logits
+        return logits, torch.autograd.grad(logits.square().sum(), prompts), flops.get_total_flops()
+
+    together, gradients, least = run()
+    hook = last.register_forward_hook(lambda *_: None)
+    apart, gradients_apart, most = run()
+    hook.remove()
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    for one, other in zip(gradients, gradients_apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+    assert most - least == 2 * IDS.numel() * (first.weight.numel() + last.weight.numel())
 
 
 def test_modules_that_are_left_out_do_not_count():

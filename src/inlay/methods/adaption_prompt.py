@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ..core.config import PeftType
 from ..core.method import Method, register
@@ -88,12 +90,56 @@ class AdaptionPromptConfig(Method):
         return {"adaption_prompt": Param((1, self.adapter_len or 0, width), normal()), "adaption_gate": Param((1,))}
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Any:
-        y: Any = inner(x)
         module: Any = p.site.module
-        looked = (_packed if hasattr(module, "c_attn") else _separate)(module, p, inner.kwargs, x)
-        out, *rest = y if isinstance(y, tuple) else (y,)
-        out = out + (p.strength * looked).to(out.dtype)
-        return (out, *rest) if isinstance(y, tuple) else out
+        if hasattr(module, "c_attn"):
+            return _plus(inner(x), _packed(module, p, x))
+        if torch.compiler.is_compiling() or not (_plain(module.q_proj) and _plain(module.o_proj)):
+            return _plus(inner(x), _behind(module, _found(module, p, inner.kwargs, module.q_proj(x))))
+        with _Within(module, p, inner.kwargs, x) as within:
+            y: Any = inner(x)
+        return y if within.added else _plus(y, _behind(module, within.found()))
+
+
+class _Within(TorchFunctionMode):
+    """While an attention runs in this thread, its own queries look at the learned tokens, and what they find goes through its last
+    layer together with its own.
+
+    Attributes:
+        added: that has happened.
+    """
+
+    def __init__(self, module: Any, p: Adapter, kwargs: Mapping[str, Any], x: Tensor) -> None:
+        super().__init__()
+        self.added = False
+        self._module, self._p, self._kwargs, self._x = module, p, kwargs, x
+        self._queries: Tensor | None = None
+
+    def found(self) -> Tensor:
+        queries = self._module.q_proj(self._x) if self._queries is None else self._queries
+        return _found(self._module, self._p, self._kwargs, queries)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is F.linear and len(args) > 1:
+            if args[0] is self._x and args[1] is self._module.q_proj.weight:
+                self._queries = func(*args, **(kwargs or {}))
+                return self._queries
+            if args[1] is self._module.o_proj.weight and not self.added:
+                found = self.found()
+                if found.shape == args[0].shape:
+                    self.added, args = True, (args[0] + found.to(args[0].dtype), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def _plain(layer: Any) -> bool:
+    """Whether a layer is a product with its weight and nothing else."""
+    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+
+
+def _plus(y: Any, found: Tensor) -> Any:
+    """An attention's output, alone or the first of several, with what was found."""
+    if isinstance(y, tuple):
+        return (_plus(y[0], found), *y[1:])
+    return y + found.to(y.dtype)
 
 
 def _features(layer: Any, name: str) -> int:
@@ -103,7 +149,7 @@ def _features(layer: Any, name: str) -> int:
 def _looked(p: Adapter, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What queries ``(batch, heads, length, dim)`` find in learned tokens ``(1, heads, tokens, dim)``: ``(batch, length, heads * dim)``."""
     scores = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1, dtype=torch.float32)
-    return ((p.adaption_gate * scores).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    return (((p.strength * p.adaption_gate) * scores).to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
 def _heads(t: Tensor, dim: int) -> Tensor:
@@ -111,15 +157,20 @@ def _heads(t: Tensor, dim: int) -> Tensor:
     return t.unflatten(-1, (-1, dim)).transpose(1, 2)
 
 
-def _separate(module: Any, p: Adapter, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
-    tokens, dim = p.adaption_prompt.to(x.dtype), module.head_dim
-    q, k, v = _heads(module.q_proj(x), dim), _heads(module.k_proj(tokens), dim), _heads(module.v_proj(tokens), dim)
+def _found(module: Any, p: Adapter, kwargs: Mapping[str, Any], queries: Tensor) -> Tensor:
+    """What goes into the attention's last layer."""
+    tokens, dim = p.adaption_prompt.to(queries.dtype), module.head_dim
+    q, k, v = _heads(queries, dim), _heads(module.k_proj(tokens), dim), _heads(module.v_proj(tokens), dim)
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
     if kwargs.get("position_embeddings") is not None:
         q = _turned(q, *kwargs["position_embeddings"])
     times = q.shape[1] // k.shape[1]
-    found = _looked(p, q, k.repeat_interleave(times, 1), v.repeat_interleave(times, 1))
+    return _looked(p, q, k.repeat_interleave(times, 1), v.repeat_interleave(times, 1))
+
+
+def _behind(module: Any, found: Tensor) -> Tensor:
+    """What the attention's last layer makes of it."""
     out = module.o_proj(found)
     # The bias is in the layer's own output already; with a gate that is shut nothing is added.
     bias = getattr(module.o_proj, "bias", None)
@@ -134,7 +185,7 @@ def _turned(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((part * cos + torch.cat((-second, first), -1) * sin, rest), -1)
 
 
-def _packed(module: Any, p: Adapter, kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
+def _packed(module: Any, p: Adapter, x: Tensor) -> Tensor:
     # HF's files for GPT-2 mean what is found as it is, behind the attention's last layer.
     tokens, dim = p.adaption_prompt.to(x.dtype), module.head_dim
     q = module.c_attn(x).split(module.split_size, 2)[0]
