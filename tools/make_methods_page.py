@@ -55,6 +55,9 @@ def page() -> str:
         if not each.merges and each.kind != "on inputs":
             reasons.setdefault(f"`{each.name.lower()}`: {each.why_not}", []).append("merging")
     lines += [f"- {why} ({', '.join(layouts)})" for why, layouts in reasons.items()]
+    lines.append("\n## What takes more memory to be merged on disk, and why\n")
+    lines.append("`inlay merge` folds any other method in pieces: no more of a weight is in full precision than some rows or columns.\n")
+    lines += [f"- `{each.name.lower()}`: {each.heavy}" for each in found if each.heavy]
     return "\n".join(lines) + "\n"
 
 

@@ -76,6 +76,7 @@ class Capabilities:
         equation: what becomes of the weight.
         kind: low-rank, additive, rotation, a map on the weight, on modules, or on inputs.
         merges: it is a function of the weight, and merging undoes itself to the bit; else ``why_not`` says why it is none.
+        heavy: why merging on disk takes more memory than a few times the weight, with default options; empty where it does not.
         to_lora: ``"exact"``, ``"svd"`` (the best rank-r approximation of what it adds) or ``""``.
         reads_weight: its forward needs the values of the weight, which a quantised host restores for it.
         mixes: each row of a batch may have its own adapter of this method.
@@ -97,6 +98,7 @@ class Capabilities:
     kind: str
     merges: bool
     why_not: str
+    heavy: str
     to_lora: str
     reads_weight: bool
     mixes: bool
@@ -180,6 +182,7 @@ def _on_inputs(cls: type[PeftConfig]) -> dict[str, Any]:
         "kind": "on inputs",
         "merges": False,
         "why_not": "it acts on inputs and changes no weight",
+        "heavy": "",
         "to_lora": "",
         "reads_weight": False,
         "mixes": True,
@@ -202,6 +205,7 @@ def _on_weights(cls: type[Method]) -> dict[str, Any]:
         "kind": _kind(cls, modules),
         "merges": merges,
         "why_not": method.unmergeable if not merges else "",
+        "heavy": method.heavy if merges else "",
         "to_lora": "exact" if issubclass(cls, LowRank) and merges else "svd" if merges else "",
         "reads_weight": not modules and _reads_weight(method, refused),
         "mixes": True,

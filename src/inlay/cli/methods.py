@@ -66,6 +66,8 @@ def _show_one(each: Any, screen: Any) -> None:
     if each.no_starts:
         facts.add_row("" if each.starts else "starts from", f"[dim]{short(each.no_starts, 400)}[/]")
     facts.add_row("merges", "yes, and back to the bit" if each.merges else f"no: {each.why_not}")
+    if each.merges:
+        facts.add_row("on disk", f"takes more memory: {each.heavy}" if each.heavy else "with little more than some rows in memory")
     facts.add_row("to LoRA", {"exact": "exactly", "svd": "by SVD of what it adds", "": "no"}[each.to_lora])
     facts.add_row("rows of a batch", "each may have its own adapter" if each.mixes else "no")
     facts.add_row("reads the weight", "yes" if each.reads_weight else "no")

@@ -196,6 +196,11 @@ class Method(PeftConfig):
         return self.ensure_weight_tying
 
     @property
+    def heavy(self) -> str:
+        """Why to merge it on disk takes more memory than a few times the weight; empty where it does not."""
+        return ""
+
+    @property
     def never_identity(self) -> str:
         """Why an adapter with these options cannot start as the base; empty where it does."""
         return ""

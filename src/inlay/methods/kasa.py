@@ -68,6 +68,10 @@ class Kasa(LoraConfig):
             "lora_dropped_B": Param(("out", r), zeros, trainable=False, persistent=False),
         }
 
+    @property
+    def heavy(self) -> str:
+        return "it leaves out the last singular directions of the weight, which all of them have to be known for"
+
     def derive(self, p: Adapter) -> None:
         super().derive(p)
         r = p.lora_diag.shape[-1]

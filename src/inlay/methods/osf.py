@@ -86,6 +86,10 @@ class OSFConfig(Additive):
         return super(OSFConfig, self if rank is None else replace(self, effective_rank=rank)).patterned(path)
 
     @property
+    def heavy(self) -> str:
+        return "it is bound to all singular vectors of the weight, several times as many numbers as the weight has"
+
+    @property
     def never_identity(self) -> str:
         return "it starts from random values (init_weights=False)" if self.init_weights is False else ""
 

@@ -111,6 +111,11 @@ class PsoftConfig(LowRank):
     def dropout(self) -> float:
         return self.psoft_dropout
 
+    @property
+    def heavy(self) -> str:
+        whole = "psoft_svd='full' takes all singular vectors of the weight to find the first ones; 'lowrank' does not"
+        return whole if self.psoft_svd == "full" else ""
+
     def refuses(self, site: Site) -> str | None:
         most = min(site.size("out"), site.size("in"))
         if self.r > most:
