@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,6 +91,9 @@ class Parts:
             else:
                 found = None if whole is None else self._cut(whole, axes, piece)
             vars(method)[name] = lambda _, found=found: found
+        if "delta" in self.made:
+            # A cheaper way to add it than to make it would start from the tensors again.
+            vars(method)["plus_delta"] = partial(Additive.plus_delta, method)
         return method
 
     def _own(self, name: str, t: Tensor, piece: slice) -> Tensor:

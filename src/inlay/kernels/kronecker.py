@@ -22,6 +22,13 @@ def kronecker(w1: Tensor, w2: Tensor) -> Tensor:
     return (w1[..., :, None, :, None] * w2[..., None, :, None, :]).flatten(-4, -3).flatten(-2)
 
 
+def plus_kronecker(w: Tensor, w1: Tensor, w2: Tensor, scale: float) -> Tensor:
+    """``w + scale * kron(w1, w2)``, in one pass."""
+    (rows, columns), within = w1.shape[-2:], w2.shape[-2:]
+    blocks = w.unflatten(-1, (columns, within[1])).unflatten(-3, (rows, within[0]))
+    return torch.addcmul(blocks, w1[..., :, None, :, None], w2[..., None, :, None, :], value=scale).reshape(w.shape)
+
+
 def times_kronecker(x: Tensor, w1: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
     """``x kron(w1, a b)'`` for ``x (*, m q)``; a alone is w2 where b is None."""
     u = x.unflatten(-1, (w1.shape[1], -1))

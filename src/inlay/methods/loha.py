@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..core.additive import LowRank
@@ -90,6 +91,12 @@ class LoHaConfig(Lycoris, LowRank):
         else:
             product = hadamard(a1, b1, a2, b2)
         return self.scaling * as_matrix(p.site, product)
+
+    def plus_delta(self, p: Adapter, w: Tensor) -> Tensor:
+        if p.site.kernel:
+            return super().plus_delta(p, w)
+        a1, b1, a2, b2 = (full(t).to(w.dtype) for t in (self._first(p), p.hada_w1_b, p.hada_w2_a, p.hada_w2_b))
+        return torch.addcmul(w, a1 @ b1, a2 @ b2, value=self.scaling * p.strength)
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         return khatri_rao(self._first(p), p.hada_w1_b, p.hada_w2_a, p.hada_w2_b)

@@ -20,7 +20,7 @@ from ..core.method import Method, full, padded, register
 from ..core.param import Init, Param, kaiming_uniform, zeros
 from ..core.part import blocks_of
 from ..core.site import Site
-from ..kernels.kronecker import kronecker, linear_plus_kronecker, times_kronecker
+from ..kernels.kronecker import kronecker, linear_plus_kronecker, plus_kronecker, times_kronecker
 from .lycoris import Frame, Lycoris, as_matrix, core_uniform, tensor_of, tucker
 
 if TYPE_CHECKING:
@@ -155,6 +155,11 @@ class LoKrConfig(Lycoris):
             blocks, rows = blocks_of(p, w2.shape[-2])
             product = kronecker(w1[blocks], w2)[rows]
         return self.scaling * as_matrix(p.site, product if kept is None else product * kept.unsqueeze(-1))
+
+    def plus_delta(self, p: Adapter, w: Tensor) -> Tensor:
+        if p.site.kernel or not p.all_rows:
+            return super().plus_delta(p, w)
+        return plus_kronecker(w, full(self._w1(p)).to(w.dtype), full(self._w2(p)).to(w.dtype), self.scaling * p.strength)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         kept = self.kept(p)

@@ -14,7 +14,7 @@ from ..core.method import Method, register
 from ..core.param import Param, normal, zeros
 from ..core.site import Site
 from ..kernels.spread import remembered, sampled
-from .spread import Spread, entries
+from .spread import Spread, entries, plus_entries
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -107,6 +107,9 @@ class ShiraConfig(Spread):
     def spread(self, p: Adapter, *values: Tensor) -> Tensor:
         inp = p.site.size("in")
         return entries(p, values[0], _flat(p.shira_indices, inp), inp)
+
+    def plus_delta(self, p: Adapter, w: Tensor) -> Tensor:
+        return plus_entries(p, w, p.shira_weight, _flat(p.shira_indices, w.shape[-1]))
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
         return (sampled(g.t(), x.t(), remembered(p.shira_indices, _flat, x.shape[-1])),)

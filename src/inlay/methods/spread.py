@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..core.additive import Additive, add
 from ..core.families import acts_on_last_axis
+from ..core.method import full
 from ..kernels.lowrank import takes_the_formula
 from ..kernels.spread import linear_plus_spread, piecewise, scattered
 
@@ -69,6 +70,14 @@ class Spread(Additive):
             return False
         w, bias = inner.dense if inner.dense is not None else (values[0].detach(), None)
         return values[0].dtype in (torch.float32, torch.float64) and not takes_the_formula(x, w, bias)
+
+
+def plus_entries(p: Adapter, w: Tensor, values: Tensor, places: Tensor) -> Tensor:
+    """A weight with values at flat places added to it at the adapter's strength: a copy, and no matrix of zeros beside it."""
+    values = p.strength * full(values).to(w.dtype)
+    if not p.all_rows:
+        return w + entries(p, values, places, w.shape[-1])
+    return w.flatten(-2).scatter_add(-1, places.long().expand(values.shape), values).view(w.shape)
 
 
 def entries(p: Adapter, values: Tensor, places: Tensor, width: int) -> Tensor:

@@ -15,7 +15,7 @@ from ..core.method import Method, full, register
 from ..core.param import Param, kaiming_uniform, normal, zeros
 from ..core.site import Site
 from ..kernels.spread import sampled
-from .spread import Spread, entries
+from .spread import Spread, entries, plus_entries
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -114,6 +114,10 @@ class SupertuningConfig(Spread):
     def delta_apart(self, site: Site) -> tuple[str, ...]:
         return ("out",)
 
+    def plus_delta(self, p: Adapter, w: Tensor) -> Tensor:
+        w = plus_entries(p, w, p.supertuning_values, p.supertuning_indices)
+        return w if self.r is None else w.add_(self._low_rank(p), alpha=p.strength)
+
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
         return (sampled(g.t(), x.t(), p.supertuning_indices),)
 
@@ -125,7 +129,10 @@ class SupertuningConfig(Spread):
         found = super().delta(p)
         if self.r is None:
             return found
-        return found + self.scaling * (full(p.supertuning_lora_B) @ full(p.supertuning_lora_A))
+        return found + self._low_rank(p)
+
+    def _low_rank(self, p: Adapter) -> Tensor:
+        return self.scaling * (full(p.supertuning_lora_B) @ full(p.supertuning_lora_A))
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         y = super().around(p, inner, x)

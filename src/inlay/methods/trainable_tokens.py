@@ -98,7 +98,8 @@ class TrainableTokensConfig(Method):
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         new = p.trainable_tokens_delta.to(w.dtype)
         if isinstance(p.site, Embedding):
-            return w.index_copy(1, self._index(w), new.mT), b
+            # In the layout of the host, which then has it without a copy.
+            return w.mT.index_copy(0, self._index(w), new).mT, b
         return w.index_copy(0, self._index(w), new), b
 
     def apart(self, site: Site) -> tuple[str, ...]:
