@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inlay.kernels import spread
-from inlay.kernels.spread import linear_plus_spread, remembered, sampled, scattered
+from inlay.kernels import lowrank, spread
+from inlay.kernels.spread import linear_plus_spread, remembered, sampled, scattered, times_sparse
 from inlay.kernels.wavelets import LOW_PASS, analysis, padding, synthesis, waves
 
 OUT, INP = 6, 7
@@ -22,7 +22,7 @@ def made(values: Tensor) -> Tensor:
 
 
 def found(g: Tensor, x: Tensor, values: Tensor) -> tuple[Tensor]:
-    return (sampled(g.t(), x.t(), PLACES) * values.cos(),)
+    return (sampled(g, x, PLACES) * values.cos(),)
 
 
 def formula(x: Tensor, w: Tensor | None, bias: Tensor | None, values: Tensor) -> Tensor:
@@ -85,8 +85,19 @@ def test_sampled(share: int, places: list[int], monkeypatch: pytest.MonkeyPatch)
     """Both ways give the entries in their order, also those that are asked for twice."""
     monkeypatch.setitem(spread.DENSE_SHARE, "cpu", share)
     g, x, at = torch.randn(OUT, 9), torch.randn(INP, 9), torch.tensor(places, dtype=torch.int32)
-    torch.testing.assert_close(sampled(g, x, at), (g @ x.t()).flatten()[at.long()])
-    torch.testing.assert_close(sampled(g.t().contiguous().t(), x, at), (g @ x.t()).flatten()[at.long()])
+    torch.testing.assert_close(sampled(g.t(), x.t(), at), (g @ x.t()).flatten()[at.long()])
+    torch.testing.assert_close(sampled(g.t().contiguous(), x.t(), at, lambda t: 2 * t.t()), 4 * (g @ x.t()).flatten()[at.long()])
+
+
+@pytest.mark.parametrize("few", [-1, 100])
+def test_times_sparse(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways give the product and its derivatives, also where two values share a place."""
+    monkeypatch.setattr(lowrank, "FEW_ROWS", few)
+    values, t, places = torch.randn(4, dtype=torch.float64).requires_grad_(), torch.randn(5, 3).double(), torch.tensor([7, 0, 24, 7])
+    found = times_sparse(values, places, t)
+    torch.testing.assert_close(found, torch.zeros(25).double().index_add(0, places, values).view(5, 5) @ t)
+    assert torch.autograd.gradcheck(times_sparse, (values, places, t))
+    assert torch.autograd.gradgradcheck(times_sparse, (values, places, t))
 
 
 def test_scattered_adds_up_and_takes_a_batch() -> None:

@@ -7,14 +7,14 @@ of the output is kept. What the few numbers need of the weight's gradient ``g' x
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .lowrank import linear, rows_of
+from .lowrank import linear, rows_of, takes_the_formula
 
 Spread = Callable[..., Tensor]
 Gather = Callable[..., tuple[Tensor, ...]]
@@ -87,12 +87,11 @@ def _through_autograd(ctx: Any, dw: Tensor, values: tuple[Tensor, ...], again: b
     return tuple(next(gradients) if need else None for need in wanted)
 
 
-def piecewise(gather: Gather, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of ``gather``, some rows at a time: what it makes on its way stays in the processor's cache, and its memory is
-    used again where asking the system for more would cost as much as the work."""
+def pieces(g: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows at a time: what is made of them stays in the processor's cache, and its memory is used again where asking the system
+    for more would cost as much as the work."""
     step = max(MANY // (g.shape[1] + x.shape[1]), 64) if g.device.type == "cpu" else max(len(g), 1)
-    parts = [gather(some, of, *values) for some, of in zip(g.split(step), x.split(step), strict=True)]
-    return parts[0] if len(parts) == 1 else tuple(torch.stack(same).sum(0) for same in zip(*parts, strict=True))
+    return zip(g.split(step), x.split(step), strict=True)
 
 
 # ---- single entries ---------------------------------------------------------------------------------------------------------
@@ -103,18 +102,43 @@ def scattered(values: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
     return zero.scatter_add(-1, places.long().expand(values.shape), values).unflatten(-1, shape)
 
 
-def sampled(g: Tensor, x: Tensor, places: Tensor) -> Tensor:
-    """Entries of ``g x'`` at flat places ``(k,)``.
+def sampled(g: Tensor, x: Tensor, places: Tensor, seen: Callable[[Tensor], Tensor] = Tensor.t) -> Tensor:
+    """Entries of ``g' x`` at flat places ``(k,)``, or of ``seen(g) seen(x)'``.
 
     Args:
-        g: ``(out, rows)``. x: ``(in, rows)``. The rows are best contiguous.
+        g: ``(rows, out)``. x: ``(rows, in)``.
+        seen: what is to be seen of some rows, with the rows last.
     """
-    out, inp = len(g), len(x)
-    if len(places) * DENSE_SHARE.get(g.device.type, DENSE_SHARE_ELSEWHERE) > out * inp:
-        return (g @ x.t()).flatten()[places.long()]
-    starts, columns, back = remembered(places, _rows_of_places, out, inp)
-    pattern = torch.sparse_csr_tensor(starts, columns, g.new_zeros(len(columns)), (out, inp), check_invariants=False)
-    return torch.sparse.sampled_addmm(pattern, g.contiguous(), x.contiguous().t(), beta=0.0).values()[back]
+    shape = len(seen(g[:1])), len(seen(x[:1]))
+    if len(places) * DENSE_SHARE.get(g.device.type, DENSE_SHARE_ELSEWHERE) > shape[0] * shape[1]:
+        return (seen(g) @ seen(x).t()).flatten()[places.long()]
+    starts, columns, back = remembered(places, _rows_of_places, *shape)
+    found = torch.sparse_csr_tensor(starts, columns, g.new_zeros(len(columns)), shape, check_invariants=False)
+    for some, of in pieces(g, x):
+        torch.sparse.sampled_addmm(found, seen(some).contiguous(), seen(of).contiguous().t(), out=found)
+    return found.values()[back]
+
+
+def times_sparse(values: Tensor, places: Tensor, t: Tensor) -> Tensor:
+    """``S T`` with S square, of values ``(k,)`` at flat places ``(k,)``, for a frozen ``T (width, n)``."""
+    if takes_the_formula(t, t, None):
+        return scattered(values, places, (len(t), len(t))) @ t
+    return _TimesSparse.apply(values, places, t)
+
+
+class _TimesSparse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, places: Tensor, t: Tensor) -> Tensor:
+        ctx.save_for_backward(places, t)
+        width = len(t)
+        starts, columns, back = remembered(places, _rows_of_places, width, width)
+        entries = values.new_zeros(len(columns)).index_add_(0, back, values)
+        return torch.mm(torch.sparse_csr_tensor(starts, columns, entries, (width, width), check_invariants=False), t)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        places, t = ctx.saved_tensors
+        return (g @ t.t()).flatten()[places], None, None
 
 
 def _rows_of_places(places: Tensor, out: int, inp: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from ..core.param import Init, Param, normal, zeros
 from ..core.part import blocks_of
 from ..core.site import Site
 from ..kernels import lowrank
+from ..kernels.spread import pieces
 from .spread import Spread
 
 if TYPE_CHECKING:
@@ -99,9 +101,12 @@ class C3AConfig(Spread):
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
         """The transform of each block's gradient is the product of the transforms of its g and x."""
-        ghat, xhat = (torch.fft.rfft(t.unflatten(-1, (-1, self.block_size))) for t in (g, x))
-        product = ghat.conj().permute(2, 1, 0) @ xhat.permute(2, 0, 1)
+        product = reduce(torch.add, (self._product(*part) for part in pieces(g, x)))
         return (torch.fft.irfft(product.permute(1, 2, 0), self.block_size).div_(p.site.size("in")),)
+
+    def _product(self, g: Tensor, x: Tensor) -> Tensor:
+        ghat, xhat = (torch.fft.rfft(t.unflatten(-1, (-1, self.block_size))) for t in (g, x))
+        return ghat.conj().permute(2, 1, 0) @ xhat.permute(2, 0, 1)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         if not acts_on_last_axis(inner.site) or x.numel() > lowrank.FEW_ROWS * x.shape[-1] or self.dropout:

@@ -121,11 +121,8 @@ class FourierFTConfig(Spread):
         """The transform of ``g' x`` is the product of the transforms of g and x."""
         out, inp = p.site.size("out"), p.site.size("in")
         *_, pairs, sign = remembered(p.fourierft_places, half_plane, out, inp)
-        ghat, xhat = (torch.fft.rfft(t) for t in (g, x))
-        real = sampled(ghat.real.t().contiguous(), xhat.real.t().contiguous(), pairs)
-        imaginary = sampled(ghat.imag.t().contiguous(), xhat.imag.t().contiguous(), pairs)
-        found = torch.addcmul(real, imaginary, sign.to(real))
-        return (found.mul_(self.scaling / (out * inp)),)
+        real, imaginary = sampled(g, x, pairs, _transformed).chunk(2)
+        return (torch.addcmul(real, imaginary, sign.to(real)).mul_(self.scaling / (out * inp)),)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         if not acts_on_last_axis(inner.site) or x.numel() > lowrank.FEW_ROWS * x.shape[-1] or self.dropout:
@@ -167,8 +164,8 @@ def half_plane(places: Tensor, out: int, inp: int) -> tuple[Tensor, Tensor, Tens
     """Real transforms know half of the columns; the rest mirror them.
 
     Returns:
-        Flat places in ``(out, inp // 2 + 1)``; the share of a number that is to stand there; flat places in the product of both
-        transforms' halves ``(out // 2 + 1, inp // 2 + 1)``; the sign there of the product of their imaginary parts.
+        Flat places in ``(out, inp // 2 + 1)``; the share of a number that is to stand there; flat places of the real and then of the
+        imaginary parts in the product of both transforms (see `_transformed`); the sign there of the product of the imaginary parts.
     """
     half = inp // 2 + 1
     row, column = places // inp, places % inp
@@ -178,5 +175,10 @@ def half_plane(places: Tensor, out: int, inp: int) -> tuple[Tensor, Tensor, Tens
     alone = (column == 0) | (2 * column == inp)
     share = torch.where(alone, 1.0, 0.5)
     opposite = 2 * row > out
-    pairs = torch.where(opposite, out - row, row) * half + column
-    return row * half + column, share, pairs, torch.where(opposite, 1.0, -1.0)
+    real = 4 * half * torch.where(opposite, out - row, row) + 2 * column
+    return row * half + column, share, torch.cat((real, real + 2 * half + 1)), torch.where(opposite, 1.0, -1.0)
+
+
+def _transformed(rows: Tensor) -> Tensor:
+    """The transforms of rows, the real and imaginary parts of a frequency one after the other, with the rows last."""
+    return torch.view_as_real(torch.fft.rfft(rows)).flatten(1).t()

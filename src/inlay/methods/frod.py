@@ -22,8 +22,8 @@ from ..core.config import PeftType
 from ..core.method import Method, full, register
 from ..core.param import Param, generator_for, normal, zeros
 from ..core.site import Site
-from ..kernels.rebased import linear_plus_rebased, times_sparse
-from ..kernels.spread import sampled, scattered
+from ..kernels.rebased import linear_plus_rebased
+from ..kernels.spread import remembered, sampled, scattered, times_sparse
 from .banks import check_share
 from .spread import Spread
 
@@ -77,6 +77,7 @@ class FrodConfig(Spread):
     runtime_offload_base_weight: bool = field(default=False, metadata={"help": "For HF's files."})
 
     prefix: ClassVar[str] = "frod_"
+    paper: ClassVar[str] = "2512.23485"
     equation: ClassVar[str] = "U (diag(l) + S) V', where W = U diag(l0) V' and V is shared"
     count_formula: ClassVar[str] = "in + sparse_rate·in^2"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
@@ -162,53 +163,59 @@ class FrodConfig(Spread):
         p.declared["frod_lambda_l"].init(drawn, generator_for(self.seed, p.path, "frod_lambda_l"))
         p.frod_lambda_l.data.copy_(drawn.to(p.frod_l0) + p.frod_l0)
 
-    def values(self, p: Adapter) -> tuple[Tensor, ...]:
-        lengths = p.frod_lambda_l
-        return lengths, p.frod_lambda_s_values if "frod_lambda_s_values" in p.declared else lengths.new_zeros(*lengths.shape[:-1], 0)
+    def values(self, p: Adapter) -> tuple[Tensor]:
+        """What is added to the middle: along its diagonal, and then beside it."""
+        change = full(p.frod_lambda_l) - full(p.frod_l0)
+        return (torch.cat((change, full(p.frod_lambda_s_values)), -1) if "frod_lambda_s_values" in p.declared else change,)
 
-    def _flat(self, p: Adapter) -> tuple[Tensor, Tensor]:
-        """V, and the places as numbers in a flat matrix."""
+    def _basis(self, p: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+        """U, V, and the flat places of the values."""
         v, places = p.shared.of(p.path)
-        return v.to(full(p.frod_U)), places[0] * len(v) + places[1]
+        u = full(p.frod_U)
+        return u, v.to(u), remembered(places, _with_diagonal, len(v))
 
     def spread(self, p: Adapter, *values: Tensor) -> Tensor:
-        lengths, entries = map(full, values)
-        v, places = self._flat(p)
-        middle = torch.diag_embed(lengths - full(p.frod_l0)) + scattered(entries, places, (len(v), len(v)))
-        return full(p.frod_U) @ middle @ v.mT
+        u, v, places = self._basis(p)
+        return u @ scattered(values[0], places, (len(v), len(v))) @ v.mT
 
-    def _spread_sparsely(self, p: Adapter, lengths: Tensor, entries: Tensor) -> Tensor:
-        """The same for a single matrix, with no dense S."""
-        v, places = self._flat(p)
-        u = full(p.frod_U)
-        left = u * (lengths - full(p.frod_l0))
-        if len(places):
-            left = left + times_sparse(u, p.shared.of(p.path)[1], entries)
-        return left @ v.t()
+    def delta(self, p: Adapter) -> Tensor:
+        return super().delta(p) if p.site.batch else self._spread_sparsely(p, *map(full, self.values(p)))
 
-    def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    def delta_apart(self, site: Site) -> tuple[str, ...]:
+        return ("out",)
+
+    def _spread_sparsely(self, p: Adapter, values: Tensor) -> Tensor:
+        """The same for a single matrix, with no dense middle."""
+        u, v, places = self._basis(p)
+        return u @ times_sparse(values, places, v.t())
+
+    def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
         """Entries of ``U' g' x V``, from whichever side is shorter."""
-        v, places = self._flat(p)
-        u = full(p.frod_U)
-        left, right = (u.t() @ (g.t() @ x), v.t()) if len(u) < len(g) else ((g @ u).t().contiguous(), (x @ v).t().contiguous())
-        return (left * right).sum(-1), sampled(left, right, places) if len(places) else values[1].new_zeros(0)
+        u, v, places = self._basis(p)
+        return (sampled(x.t() @ g @ u, v, places) if len(u) < len(g) else sampled(g @ u, x @ v, places),)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         values = self.values(p)
         if not self._takes_kernel(inner, x, values):
             return super().around(p, inner, x)
         drops = self.dropout and p.training
+        spread = partial(self._spread_sparsely, p)
         if inner.dense is not None and not drops and torch.is_grad_enabled() and inner.dense[0].dtype == x.dtype == values[0].dtype:
             out, inp = inner.dense[0].shape
             rows = x.numel() // inp
             if 2 * rows * inp < out * (2 * inp + rows) and rows <= out and _rebuilds(p, inner.dense[0]):
-                (v, places), spread = p.shared.of(p.path), partial(self._spread_sparsely, p)
-                return linear_plus_rebased(x, *inner.dense, p.frod_U, v.to(x), p.frod_l0, places, p.strength, spread, *values)
-        return self.with_spread(p, inner, x, partial(self._spread_sparsely, p), partial(self.gather, p))
+                u, v, places = self._basis(p)
+                return linear_plus_rebased(x, *inner.dense, u, v, p.frod_l0, places, p.strength, spread, *values)
+        return self.with_spread(p, inner, x, spread, partial(self.gather, p))
 
     # -- files: without rotations HF peft writes empty tensors --
     def as_read(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {k: t for k, t in tensors.items() if t.numel()}
+
+
+def _with_diagonal(places: Tensor, width: int) -> Tensor:
+    """Flat places of the diagonal, and of the rows and columns ``(2, k)``."""
+    return torch.cat((torch.arange(width, device=places.device) * (width + 1), places[0] * width + places[1]))
 
 
 # Whether a basis gives the weight that it was made of, and of which weight in which state that is known.

@@ -112,7 +112,7 @@ class ShiraConfig(Spread):
         return plus_entries(p, w, p.shira_weight, _flat(p.shira_indices, w.shape[-1]))
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
-        return (sampled(g.t(), x.t(), remembered(p.shira_indices, _flat, x.shape[-1])),)
+        return (sampled(g, x, remembered(p.shira_indices, _flat, x.shape[-1])),)
 
 
 def _flat(indices: Tensor, inp: int) -> Tensor:

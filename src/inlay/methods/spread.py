@@ -15,7 +15,7 @@ from ..core.additive import Additive, add
 from ..core.families import acts_on_last_axis
 from ..core.method import full
 from ..kernels.lowrank import takes_the_formula
-from ..kernels.spread import linear_plus_spread, piecewise, scattered
+from ..kernels.spread import linear_plus_spread, scattered
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -46,7 +46,7 @@ class Spread(Additive):
         return self.spread(p, *self.values(p))
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
-        return self.with_spread(p, inner, x, partial(self.spread, p), partial(piecewise, partial(self.gather, p)))
+        return self.with_spread(p, inner, x, partial(self.spread, p), partial(self.gather, p))
 
     def with_spread(
         self, p: Adapter, inner: Inner, x: Tensor, spread: Callable[..., Tensor], gather: Callable[..., tuple[Tensor, ...]]

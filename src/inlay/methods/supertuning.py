@@ -119,7 +119,7 @@ class SupertuningConfig(Spread):
         return w if self.r is None else w.add_(self._low_rank(p), alpha=p.strength)
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
-        return (sampled(g.t(), x.t(), p.supertuning_indices),)
+        return (sampled(g, x, p.supertuning_indices),)
 
     @property
     def scaling(self) -> float:

@@ -147,11 +147,13 @@ class WaveFTConfig(Spread):
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor]:
         """The coefficients of ``g' x`` are products of those of g and x."""
-        g, x, places = g.t().contiguous(), x.t().contiguous(), p.waveft_places
-        if self.use_idwt:
-            places = remembered(places, _in_bands, len(g), len(x), self.wavelet_family)
-            g, x = (analysis(F.pad(t, (0, 0, 0, 1)) if len(t) % 2 else t, self.wavelet_family) for t in (g, x))
-        return (sampled(g, x, places).mul_(self.scaling),)
+        if not self.use_idwt:
+            return (sampled(g, x, p.waveft_places).mul_(self.scaling),)
+        places = remembered(p.waveft_places, _in_bands, g.shape[1], x.shape[1], self.wavelet_family)
+        return (sampled(g, x, places, self._bands).mul_(self.scaling),)
+
+    def _bands(self, rows: Tensor) -> Tensor:
+        return analysis(F.pad(rows, (0, rows.shape[1] % 2)).t().contiguous(), self.wavelet_family)
 
 
 def _short_waves(places: Tensor, out: int, inp: int, family: str) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,8 @@ WITHOUT_NUMBERS: dict[Any, Callable[..., Any]] = {
     aten._local_scalar_dense.default: _holds,
     # A sparse matrix stands here for its values, which is most of what it has.
     aten.sparse_compressed_tensor.comp_plain_value_size: lambda starts, places, values, *_, **__: values,
-    aten.sparse_sampled_addmm.default: lambda pattern, *_, **__: pattern.new_empty(pattern.shape),
+    aten.sparse_sampled_addmm.out: lambda *_, out, **__: out,
+    aten.mm.default: lambda a, b: NotImplemented if a.ndim == 2 else torch.empty_like(b),
     aten.values.default: Tensor.detach,
 }
 
