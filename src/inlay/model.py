@@ -15,7 +15,7 @@ from .core.attach import attach, check_name
 from .core.calls import calling, penalised
 from .core.config import PeftConfig
 from .core.inlaid import adapters_of, places, session_of
-from .core.mixed import factors_rest
+from .core.rest import Rest, rest_with
 from .core.retrained import Retrained
 from .core.rows import Order, check_count
 from .core.session import Session, carry_choices
@@ -159,7 +159,9 @@ class PeftModel(nn.Module):
             order = Order.of(adapter_names, args, kwargs)
         if order is not None:
             adapter_names, (args, kwargs) = order.rows, order.into(args, kwargs)
-        with self._rows(adapter_names, args, kwargs), calling(base, args, kwargs):
+        cache = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else kwargs.get("past_key_values")
+        rest = None if adapter_names is None or cache is None else rest_with(cache)
+        with self._rows(adapter_names, args, kwargs, rest), calling(base, args, kwargs):
             self._carry_choice()
             if self._prompted():
                 from .prompts import forward_with_prompt
@@ -167,6 +169,8 @@ class PeftModel(nn.Module):
                 return forward_with_prompt(self, *args, **kwargs)
             output = base(*args, **kwargs)
             output = output if order is None else order.out_of(output)
+            if rest is not None:
+                rest.pauses()
             return penalised(base, output, self.training)
 
     def generate(self, *args: Any, adapter_names: Sequence[str | Sequence[str]] | None = None, **kwargs: Any) -> Any:
@@ -176,8 +180,7 @@ class PeftModel(nn.Module):
             order = Order.of(adapter_names, args, kwargs)
         if order is not None:
             adapter_names, (args, kwargs) = order.rows, order.into(args, kwargs)
-        resting = nullcontext() if adapter_names is None else factors_rest()
-        with self._rows(adapter_names, args, kwargs), resting, calling(self.get_base_model(), args, kwargs):
+        with self._rows(adapter_names, args, kwargs, Rest()), calling(self.get_base_model(), args, kwargs):
             if self._prompted():
                 from .prompts import generate_with_prompt
 
@@ -205,11 +208,11 @@ class PeftModel(nn.Module):
 
             show_trainable(self)
 
-    def _rows(self, names: Sequence[str | Sequence[str]] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _rows(self, names: Sequence[str | Sequence[str]] | None, args: tuple[Any, ...], kwargs: dict[str, Any], rest: Rest | None) -> Any:
         if names is None:
             return nullcontext()
         check_count((*args, *map(kwargs.get, ("input_ids", "inputs_embeds", "inputs"))), len(names))
-        return self.session.local(self.session.active, rows=names)
+        return self.session.local(self.session.active, names, rest)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import inlay
 from inlay.core import mixed as core_mixed
+from inlay.core import rest as core_rest
 from inlay.core.rows import Order, grouped
 from inlay.kernels.mixed import stack
 
@@ -83,7 +84,7 @@ def test_a_generation_puts_factors_side_by_side_once(monkeypatch: pytest.MonkeyP
     model = inlay.get_peft_model(base(), inlay.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, seed=1), "a").eval()
     model.add_adapter("b", inlay.LoraConfig(r=4, lora_alpha=2, target_modules=["q_proj"], init_lora_weights=False, seed=2))
     made: list[int] = []
-    monkeypatch.setattr(core_mixed, "stack", lambda factors: made.append(len(factors)) or stack(factors))
+    monkeypatch.setattr(core_rest, "stack", lambda factors: made.append(len(factors)) or stack(factors))
     ids, options = tokens(4), {"max_new_tokens": 5, "do_sample": False, "min_new_tokens": 5}
     mask = torch.ones_like(ids)
     for scale in (1.0, 40.0):

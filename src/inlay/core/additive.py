@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.lowrank import linear_plus_low_rank, restoring_pays
 from .method import Method, full
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class LowRank(Additive):
         return torch.addmm(w, b, a, alpha=self.scaling * p.strength)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
-        return self.with_factors(p, inner, x, *self.factors(p), self.trained(p))
+        return self.with_factors(p, inner, x, *self.factors(p), self.trained(p) if torch.is_grad_enabled() else None)
 
     def trained(self, p: Adapter) -> tuple[Tensor, Tensor] | None:
         """A and B of a lower rank whose product differs from that of `factors` by a constant, where there are such: what is
@@ -130,8 +131,6 @@ class LowRank(Additive):
         self, p: Adapter, inner: Inner, x: Tensor, a: Tensor, b: Tensor, trained: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """The layer on ``x`` with this update: `factors`, or what training draws from them."""
-        from ..kernels.lowrank import linear_plus_low_rank, restoring_pays
-
         extra = self.delta_bias(p)
         scale = self.scaling * p.strength
         rate = self.dropout if p.training else 0.0

@@ -41,14 +41,22 @@ class Inner:
     def __call__(self, x: Tensor) -> Tensor:
         return self.call(x)
 
-    def then(self, p: Adapter) -> Inner:
-        """This layer with one more adapter on it."""
+    def under(self, p: Adapter, x: Tensor) -> Tensor:
+        """This layer with one more adapter on it, on ``x``."""
         inner = self if p.trained_bias is None else self._with_bias_of(p)
         method = p.method
-        further = self.args, self.kwargs
         if p.strength == 1 or method.scales_itself or method.unmergeable:
-            return Inner(self.site, lambda x: method.around(p, inner, x), lambda: folded(p, *inner.params()), further=further)
-        return Inner(self.site, lambda x: Method.around(method, p, inner, x), lambda: folded(p, *inner.params()), further=further)
+            return method.around(p, inner, x)
+        return Method.around(method, p, inner, x)
+
+    def then(self, p: Adapter) -> Inner:
+        """This layer with one more adapter on it."""
+
+        def params() -> tuple[Tensor, Tensor | None]:
+            w, b = self.params()
+            return folded(p, w, biased(p, b))
+
+        return Inner(self.site, lambda x: self.under(p, x), params, further=(self.args, self.kwargs))
 
     def _with_bias_of(self, p: Adapter) -> Inner:
         def call(x: Tensor) -> Tensor:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..kernels.mixed import Factors, Rows, Selector, Stack, add_segments, selector, stack
+from ..kernels.mixed import Factors, Selector, selector
 from .additive import LowRank
 from .method import Method
+from .rest import Rest, Update
 from .rows import Group, entries_a_row, put_back, taken
+from .session import Row
 from .site import Embedding, Linear, TransposedLinear
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 def mixed(
     place: Place,
     call: Callable[..., Tensor],
-    count: int,
+    rows: tuple[Row, ...],
     groups: Sequence[Group],
+    rest: Rest | None,
     x: Tensor,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -35,13 +36,14 @@ def mixed(
 
     Args:
         call: the host's forward.
-        count: of the rows; ``x`` has as many entries in front, or a multiple.
+        rows: what was named for each; ``x`` has as many entries in front, or a multiple.
         groups: the rows by their adapters at this place.
+        rest: the time in which no adapter changes, if it is one.
     """
-    times, device = entries_a_row((x,), count)
-    if not args and not kwargs and not torch.compiler.is_compiling() and (update := _low_rank(place, groups)) is not None:
-        return _add_low_rank(call(x), x, update, count)
-    size, whole = times * count, None
+    times, device = entries_a_row((x,), len(rows))
+    if not args and not kwargs and not torch.compiler.is_compiling() and (update := _low_rank(place, rows, groups, rest)) is not None:
+        return update.after(call(x), x)
+    size, whole = times * len(rows), None
 
     def of_all(mine: Selector) -> Tensor:
         # What the host makes of an input that no adapter has changed is computed for all groups together.
@@ -104,37 +106,8 @@ def _adds_low_rank_alone(p: Adapter) -> bool:
     return known and not (p.training and p.method.dropout)  # type: ignore[attr-defined]
 
 
-class _Update(NamedTuple):
-    """What a layer's adapters add to it.
-
-    Attributes:
-        rows: of each adapter. factors: of each adapter.
-        kept: the factors side by side, where they are kept.
-    """
-
-    rows: Rows
-    factors: list[Factors]
-    kept: Stack | None = None
-
-
-_kept: ContextVar[dict[tuple[Place, Sequence[Group]], _Update] | None] = ContextVar("inlay_kept", default=None)
-
-
-@contextmanager
-def factors_rest() -> Iterator[None]:
-    """No adapter changes until the block ends, so that factors stay as they were put side by side for the first token."""
-    token = _kept.set({})
-    try:
-        yield
-    finally:
-        _kept.reset(token)
-
-
-def _low_rank(place: Place, groups: Sequence[Group]) -> _Update | None:
+def _low_rank(place: Place, named: tuple[Row, ...], groups: Sequence[Group], rest: Rest | None) -> Update | None:
     """The update of each adapter, where all of them only add to a layer that multiplies the last axis."""
-    memory = None if torch.is_grad_enabled() else _kept.get()
-    if memory is not None and (known := memory.get((place, groups))) is not None:
-        return known
     site = place.site
     if site.batch or isinstance(site, Embedding) or not isinstance(site, (Linear, TransposedLinear)):
         return None
@@ -147,16 +120,7 @@ def _low_rank(place: Place, groups: Sequence[Group]) -> _Update | None:
             found.setdefault(p, []).extend(group.rows)
     rows = tuple(tuple(sorted(mine)) for mine in found.values())
     factors: list[Factors] = [(*p.method.factors(p), p.method.scaling * p.strength) for p in found]  # type: ignore[attr-defined]
-    if memory is None:
-        return _Update(rows, factors)
-    memory[place, groups] = update = _Update(rows, factors, stack(factors))
+    update = Update(named, list(found), rows, factors, rest is not None)
+    if rest is not None:
+        rest.learns(place, update)
     return update
-
-
-def _add_low_rank(y: Tensor, x: Tensor, update: _Update, count: int) -> Tensor:
-    """Add each adapter's update to its rows of ``y``, the host's output for all of them."""
-    if y.requires_grad and y._is_view():
-        # Autograd forbids writing into a view that a function returned.
-        y = y.clone()
-    flat = x.reshape(-1, x.shape[-1])
-    return add_segments(y, flat, update.rows, len(flat) // count, update.factors, update.kept)

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.frozen import frozen_linear
+from . import mixed
 from .adapter import Adapter
 from .additive import Additive
 from .inner import Inner
@@ -67,17 +68,21 @@ class Place:
         site = self.site.bound(args, kwargs or {}) if further else self.site
         if site.kept is not None:
             return Inner(site, lambda x: site.apply(x, *site.read()), site.read, bias=site.bias)
-        dense = None
-        if bare and self.plain and not further:
-            # A parametrization has no such parameter and computes its weight.
-            weight = site.module._parameters.get("weight")
-            if type(weight) in PLAIN or site.store.in_formulas:
-                dense = weight, site.module._parameters["bias"]
+        dense = self._dense() if bare and not further else None
         if dense is None and not site.store.dense and not further and multiplies(site):
             return self._restoring(site, call, bare)
         if not further:
             return Inner(site, call, site.read, dense, site.bias)
         return Inner(site, lambda x: call(x, *args, **(kwargs or {})), site.read, dense, site.bias, (args, kwargs or {}))
+
+    def _dense(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of an ordinary linear layer around which there is nothing."""
+        if not self.plain:
+            return None
+        # A parametrization has no such parameter and computes its weight.
+        parameters = self.site.module._parameters
+        weight: Any = parameters.get("weight")
+        return (weight, parameters["bias"]) if type(weight) in PLAIN or self.site.store.in_formulas else None
 
     def _restoring(self, site: Site, call: Callable[..., Tensor], bare: bool) -> Inner:
         """A quantised linear layer without adapters. Its weight is restored when it is asked for, and again on the way back."""
@@ -93,34 +98,40 @@ class Place:
 
     def forward(self, call: Callable[..., Tensor], bare: bool, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The adapted layer on ``x``, for whoever is active here and now."""
-        names, rows = self.session.choice()
+        names, rows, rest = self.session.choice()
         if rows is None:
             return self.stacked(call, bare, names, x, args, kwargs)
-        from .mixed import mixed
-
+        if torch.compiler.is_dynamo_compiling() or torch.is_grad_enabled() or args or kwargs:
+            rest = None
+        if rest is not None and not self.merged and not x.shape[0] % len(rows) and (update := rest.knows(self, rows)) is not None:
+            dense = self._dense() if bare else None
+            return update.after(call(x), x) if dense is None else update.around(*dense, x)
         groups = grouped(rows, self.adapters)
         if len(groups) == 1:
             check_count((x,), len(rows))
             return self.stacked(call, bare, groups[0].names, x, args, kwargs)
         if self.merged:
             return by_rows(self.session, rows, lambda names, x, *a, **k: self.stacked(call, bare, names, x, a, k), (x, *args), kwargs)
-        return mixed(self, call, len(rows), groups, x, args, kwargs)
+        return mixed.mixed(self, call, rows, groups, rest, x, args, kwargs)
 
     def stacked(
         self, call: Callable[..., Tensor], bare: bool, names: Sequence[str], x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """The layer under these adapters, one after another."""
-        names = self.here(names)
-        if names == self.merged:
+        acting = [self.adapters[n] for n in names if n in self.adapters]
+        if self.here(names) == self.merged if self.merged else not acting:
             return call(x, *args, **kwargs)
         inner = self.inner(call, bare, args, kwargs)
-        for name in names:
-            inner = inner.then(self.adapters[name])
+        if not acting:
+            return inner(x)
+        *below, last = acting
+        for p in below:
+            inner = inner.then(p)
         restores = not self.site.store.dense and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if restores and any(reads_weight(self.adapters[name]) for name in names):
+        if restores and any(map(reads_weight, acting)):
             # What is made of a restored weight is made again on the way back.
-            return checkpoint(inner, x, use_reentrant=False)
-        return inner(x)
+            return checkpoint(inner.then(last), x, use_reentrant=False)
+        return inner.under(last, x)
 
     def fold(self, names: Sequence[str], dropping: bool = False) -> tuple[Tensor, Tensor | None]:
         """Weight ``(*batch, out, in)`` and bias with these adapters in them, in full precision.

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .config import PeftConfig, nearest
+
+if TYPE_CHECKING:
+    from .rest import Rest
 
 BASE = "__base__"
 # What acts on one row of a batch: an adapter, several in their order, or `BASE`.
@@ -28,10 +31,11 @@ def names_of(row: Row) -> tuple[str, ...]:
 
 
 class Choice(NamedTuple):
-    """Adapters for the whole batch, in the order in which they act; or for each row."""
+    """Adapters for the whole batch, in the order in which they act; or for each row, perhaps in a time in which no adapter changes."""
 
     names: tuple[str, ...]
     rows: tuple[Row, ...] | None = None
+    rest: Rest | None = None
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -94,7 +98,7 @@ class Session:
 
     def choice(self) -> Choice:
         """Who acts here and now."""
-        if torch.compiler.is_dynamo_compiling() and self.traced is not None:
+        if self.traced is not None and torch.compiler.is_dynamo_compiling():
             return self.traced
         for session, choice in reversed(_here.choices):
             if session is self:
@@ -133,15 +137,18 @@ class Session:
         return not torch.compiler.is_dynamo_compiling() and any(session is self for session, _ in _here.choices)
 
     @contextmanager
-    def local(self, names: Sequence[str] = (), rows: Sequence[str | Sequence[str]] | None = None) -> Iterator[None]:
+    def local(
+        self, names: Sequence[str] = (), rows: Sequence[str | Sequence[str]] | None = None, rest: Rest | None = None
+    ) -> Iterator[None]:
         """Choose for this thread or task until the block ends; blocks nest.
 
         Args:
             names: adapters for the whole batch.
             rows: in their place, for each row an adapter, several, or ``"__base__"``.
+            rest: the time in which none of these changes, if it is one.
         """
         each = None if rows is None else tuple(row if isinstance(row, str) else tuple(row) for row in rows)
-        choice = Choice(self.check(names), each)
+        choice = Choice(self.check(names), each, rest)
         self.check(choice.all)
         with self.under(choice):
             yield

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .lowrank import accumulate, compute_dtype
 from .quantised import has_triton
@@ -45,35 +46,41 @@ def selector(rows: tuple[int, ...], times: int, device: torch.device) -> Selecto
 
 
 class Few(NamedTuple):
-    """The tokens of several adapters, as `add_few` takes them.
+    """The tokens of several adapters, few enough for one product.
 
     Attributes:
-        grid: where the tokens stand side by side in the adapters' order, as many for each: which ones, and how many adapters.
+        each: how many an adapter has, where all have as many and no token has two.
+        order, back: then, all tokens in the adapters' order, those without one behind, and the way back; None where they stand so.
         padded: ``(adapters, most tokens)``, shorter rows filled up with their first token.
         kept: which of the padded places count, or None where all do.
         tokens: those places' tokens, in their order.
     """
 
-    grid: tuple[slice, int] | None
+    each: int | None
+    order: Tensor | None
+    back: Tensor | None
     padded: Tensor
     kept: Tensor | None
     tokens: Tensor
 
 
 @lru_cache(256)
-def few(rows: Rows, times: int, device: torch.device) -> Few:
+def few(rows: Rows, times: int, count: int, device: torch.device) -> Few:
     """
     Args:
         rows: of the batch, for each adapter. times: the tokens of a row, which stand side by side.
+        count: of the rows in the batch.
     """
     tokens = [[row * times + i for row in mine for i in range(times)] for mine in rows]
     most, every = max(map(len, tokens)), [token for mine in tokens for token in mine]
     even = len({len(mine) for mine in tokens}) == 1
-    beside = even and every == list(range(every[0], every[0] + len(every)))
     padded = torch.tensor([(mine + mine[:1] * most)[:most] or [0] * most for mine in tokens])
     kept = None if even else torch.cat([i * most + torch.arange(len(t)) for i, t in enumerate(tokens)]).to(device)
-    grid = (slice(every[0], every[-1] + 1), len(rows)) if beside else None
-    return Few(grid, padded.to(device), kept, torch.tensor(every).to(device))
+    order = [*every, *sorted(set(range(count * times)) - set(every))]
+    each = most if even and len(order) == count * times else None
+    moves = None if each is None or order == sorted(order) else torch.tensor(order)
+    back = None if moves is None else moves.argsort().to(device)
+    return Few(each, None if moves is None else moves.to(device), back, padded.to(device), kept, torch.tensor(every).to(device))
 
 
 class Stack(NamedTuple):
@@ -103,41 +110,66 @@ def add_few(y: Tensor, x: Tensor, where: Few, factors: Stack) -> Tensor:
     """What `add_segments` adds, for few tokens and without gradients, in place, by two products for all adapters of one rank.
 
     Args:
-        y: ``(tokens, out)``. x: ``(tokens, in)``.
+        y: ``(*, out)``. x: ``(tokens, in)``.
     """
     a, b, scale = factors
-    if where.grid is not None:
-        beside, count = where.grid
-        inputs = x[beside].view(count, -1, x.shape[-1])
-    else:
-        inputs = x[where.padded]
-    u = torch.bmm(inputs.to(a.dtype), a)
+    into = y.view(-1, y.shape[-1])
+    if where.each is not None and where.order is None and y.dtype == a.dtype:
+        _add_even(into, x.to(a.dtype), where.each, factors)
+        return y
+    u = torch.bmm(x[where.padded].to(a.dtype), a)
     if isinstance(scale, Tensor):
         u, scale = u * scale, 1.0
-    if where.grid is not None and y.dtype == u.dtype:
-        y[where.grid[0]].view(len(u), -1, y.shape[-1]).baddbmm_(u, b, alpha=scale)
-        return y
     h = torch.bmm(u, b).flatten(0, 1)
-    return y.index_add_(0, where.tokens, (h if where.kept is None else h[where.kept]).to(y.dtype), alpha=scale)
+    into.index_add_(0, where.tokens, (h if where.kept is None else h[where.kept]).to(y.dtype), alpha=scale)
+    return y
 
 
-def add_segments(y: Tensor, x: Tensor, rows: Rows, times: int, factors: Sequence[Factors], kept: Stack | None = None) -> Tensor:
+def _add_even(y: Tensor, x: Tensor, each: int, factors: Stack) -> None:
+    """To tokens that stand in the adapters' order, as many for each, and perhaps others behind them."""
+    a, b, scale = factors
+    count, inp, out = a.shape[0], a.shape[1], b.shape[2]
+    if y.shape[0] > count * each:
+        y, x = y[: count * each], x[: count * each]
+    u = torch.bmm(x.view(count, each, inp), a)
+    if isinstance(scale, Tensor):
+        u, scale = u * scale, 1.0
+    y.view(count, each, out).baddbmm_(u, b, alpha=scale)
+
+
+def linear_plus_few(x: Tensor, w: Tensor, bias: Tensor | None, where: Few, factors: Stack) -> Tensor:
+    """A linear layer with what `add_few` adds, where each adapter has as many tokens: they go through it in the adapters' order.
+
+    Args:
+        x: ``(tokens, in)``. w: ``(out, in)``. bias: ``(out,)`` or None. All are of one dtype.
+    """
+    assert where.each is not None
+    if where.order is not None:
+        x = x.index_select(0, where.order)
+    y = F.linear(x, w, bias)
+    _add_even(y, x, where.each, factors)
+    return y if where.back is None else y.index_select(0, where.back)
+
+
+def are_few(x: Tensor) -> bool:
+    """Whether so few tokens ``(tokens, in)`` have come that `add_few` is to do them."""
+    return x.shape[0] <= FEW_TOKENS and not torch.is_autocast_enabled(x.device.type)
+
+
+def add_segments(y: Tensor, x: Tensor, rows: Rows, times: int, factors: Sequence[Factors]) -> Tensor:
     """``y[rows] += s x[rows] A' B'`` for each adapter, in place.
 
     Args:
         y: ``(*, out)``, fresh from the base and no view. x: ``(tokens, in)``.
         rows: of the batch, for each adapter. times: the tokens of a row, which stand side by side.
-        factors: of each adapter. kept: the same side by side, if they were kept so; no gradients are asked for then.
+        factors: of each adapter.
     """
-    few_do = x.shape[0] <= FEW_TOKENS and not torch.is_autocast_enabled(x.device.type)
-    if kept is None or not few_do:
-        flat, scales = [t for a, b, _ in factors for t in (a, b)], [s for *_, s in factors]
-        if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or any(t.requires_grad for t in flat)):
-            return _Segments.apply(y, x, rows, times, scales, *flat)
-        if not few_do or by_triton(x, flat) or (kept := stack(factors)) is None:
-            return _added(y, x, rows, times, scales, flat)
-    add_few(y.view(-1, y.shape[-1]), x, few(rows, times, x.device), kept)
-    return y
+    flat, scales = [t for a, b, _ in factors for t in (a, b)], [s for *_, s in factors]
+    if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or any(t.requires_grad for t in flat)):
+        return _Segments.apply(y, x, rows, times, scales, *flat)
+    if not are_few(x) or by_triton(x, flat) or (side_by_side := stack(factors)) is None:
+        return _added(y, x, rows, times, scales, flat)
+    return add_few(y, x, few(rows, times, len(x) // times, x.device), side_by_side)
 
 
 def by_triton(x: Tensor, flat: Sequence[Tensor]) -> bool:
