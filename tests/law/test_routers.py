@@ -318,7 +318,7 @@ def test_what_poly_refuses() -> None:
         model.merge_and_unload()
     with pytest.raises(ValueError, match="`n_skills` should be a positive integer"):
         inlay.PolyConfig(n_skills=0)
-    with pytest.raises(ValueError, match="use 'poly'"):
+    with pytest.raises(ValueError, match="Known: poly"):
         inlay.PolyConfig(poly_type="mhr")
     with pytest.raises(ValueError, match="in training Poly draws a mixture for each row"):
         inlay.PolyConfig(use_dora=True)

@@ -28,15 +28,17 @@ class Additive(Method):
     """
 
     use_dora: bool = field(default=False, metadata={"help": "Train the rows' magnitudes apart.", "ours": True})
-    input_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training.", "ours": True})
+    input_dropout: float = field(
+        default=0.0, metadata={"help": "Share of inputs that the update leaves out in training.", "share": True, "ours": True}
+    )
 
     scales_itself: ClassVar[bool] = True
+    # The option that is this share, where HF's class has one of its own.
+    dropout_option: ClassVar[str] = "input_dropout"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.input_dropout < 1:
-            raise ValueError(f"`input_dropout` is a share in [0, 1), not {self.input_dropout!r}.")
-        if self.input_dropout and type(self).dropout is not Additive.dropout:
+        if self.input_dropout and self.dropout_option != "input_dropout":
             raise ValueError(f"{type(self).__name__} has a dropout of its own; set that in place of `input_dropout`.")
 
     def variant(self) -> Method:
@@ -62,7 +64,7 @@ class Additive(Method):
     @property
     def dropout(self) -> float:
         """The share of inputs that the added path leaves out in training."""
-        return self.input_dropout
+        return getattr(self, self.dropout_option)
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         extra = self.delta_bias(p)

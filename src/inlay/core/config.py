@@ -120,7 +120,7 @@ class PeftConfig:
         inference_mode: the adapter was saved for inference; loading it does not make it trainable.
 
     Raises:
-        ValueError: the task type is unknown.
+        ValueError: the task type is unknown, or an option is out of the range that its field declares.
     """
 
     task_type: str | None = field(default=None, metadata={"help": "The type of task."})
@@ -144,6 +144,17 @@ class PeftConfig:
             self.peft_type = PeftType(self.peft_type)
         if self.peft_version is None:
             self.peft_version = PEFT_VERSION
+        for f in fields(self):
+            self._check(f.name, getattr(self, f.name), f.metadata)
+
+    def _check(self, name: str, value: Any, said: Mapping[str, Any]) -> None:
+        """By what its field's metadata say: ``positive`` (an integer, if set), ``share`` (in [0, 1)), ``known`` (the names there are)."""
+        if said.get("positive") and value is not None and not (type(value) is int and value > 0):
+            raise ValueError(f"`{name}` should be a positive integer, not {value!r}.")
+        if said.get("share") and not 0 <= value < 1:
+            raise ValueError(f"`{name}` is a share in [0, 1), not {value!r}.")
+        if "known" in said and value not in said["known"]:
+            raise ValueError(f"Unknown {name}={value!r}.{nearest(str(value), said['known'])} Known: {', '.join(said['known'])}.")
 
     @property
     def is_prompt_learning(self) -> bool:

@@ -22,7 +22,6 @@ from ..core.param import Param, normal, zeros
 from ..core.site import Site
 from ..kernels.core import linear_plus_core
 from ..kernels.lowrank import linear_plus_low_rank
-from .banks import check_positive
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -66,15 +65,15 @@ class AdamssConfig(LowRank):
     """
 
     peft_type: str | None = PeftType.ADAMSS
-    r: int = field(default=100, metadata={"help": "Number of singular vectors."})
-    num_subspaces: int = field(default=5, metadata={"help": "Number of groups of outputs."})
-    subspace_rank: int = field(default=1, metadata={"help": "The highest rank of a group's update."})
+    r: int = field(default=100, metadata={"help": "Number of singular vectors.", "positive": True})
+    num_subspaces: int = field(default=5, metadata={"help": "Number of groups of outputs.", "positive": True})
+    subspace_rank: int = field(default=1, metadata={"help": "The highest rank of a group's update.", "positive": True})
     init_weights: str | bool | None = field(default="orthogonal", metadata={"help": "orthogonal: start from the base."})
     use_asa: bool = field(default=False, metadata={"help": "Leave out groups in training by and by."})
-    asa_target_subspaces: int = field(default=50, metadata={"help": "Groups that are left at the end, of all layers."})
+    asa_target_subspaces: int = field(default=50, metadata={"help": "Groups that are left at the end, of all layers.", "positive": True})
     init_warmup: int = field(default=50, metadata={"help": "The step at which groups begin to be left out."})
     final_warmup: int = field(default=1000, metadata={"help": "The step after which no more are left out."})
-    mask_interval: int = field(default=100, metadata={"help": "Steps between two choices."})
+    mask_interval: int = field(default=100, metadata={"help": "Steps between two choices.", "positive": True})
     asa_importance_beta: float = field(default=0.85, metadata={"help": "How slowly the mean of importance forgets."})
     asa_uncertainty_beta: float = field(default=0.85, metadata={"help": "How slowly the mean of its change forgets."})
     asa_schedule_exponent: float = field(default=3.0, metadata={"help": "How fast the number of groups falls at first."})
@@ -101,10 +100,8 @@ class AdamssConfig(LowRank):
             self.init_weights = None
         if self.init_weights not in ("orthogonal", None):
             raise ValueError(f"`init_weights` should be 'orthogonal' or None, not {self.init_weights!r}.")
-        check_positive(r=self.r, num_subspaces=self.num_subspaces, subspace_rank=self.subspace_rank)
         if not self.use_asa:
             return
-        check_positive(mask_interval=self.mask_interval, asa_target_subspaces=self.asa_target_subspaces)
         if self.init_warmup >= self.final_warmup:
             raise ValueError(f"`init_warmup`={self.init_warmup} should be below `final_warmup`={self.final_warmup}.")
         if self.asa_schedule_exponent <= 0:

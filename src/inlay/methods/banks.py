@@ -26,14 +26,3 @@ def corner(bank: Tensor, site: Site, rows: int, columns: int, like: Tensor) -> T
     """What a layer uses of a bank's matrix, one copy for each matrix of a batch."""
     part = bank[:rows, :columns].to(like)
     return part.expand(*site.batch, *part.shape)
-
-
-def check_share(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"`{name}` is a share in [0, 1), not {value!r}.")
-
-
-def check_positive(**values: object) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ValueError(f"`{name}` should be a positive integer, not {value!r}.")

@@ -45,8 +45,8 @@ class BOFTConfig(Rotation):
     peft_type: str | None = PeftType.BOFT
     boft_block_size: int = field(default=4, metadata={"help": "Size of the rotations, or 0."})
     boft_block_num: int = field(default=0, metadata={"help": "Number of rotations in a factor, or 0."})
-    boft_n_butterfly_factor: int = field(default=1, metadata={"help": "Number of factors."})
-    boft_dropout: float = field(default=0.0, metadata={"help": "Chance of a rotation to be left out in training."})
+    boft_n_butterfly_factor: int = field(default=1, metadata={"help": "Number of factors.", "positive": True})
+    boft_dropout: float = field(default=0.0, metadata={"help": "Chance of a rotation to be left out in training.", "share": True})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
     init_weights: bool = field(default=True, metadata={"help": "Start from the identity."})
 
@@ -70,10 +70,6 @@ class BOFTConfig(Rotation):
                 f"Give one of `boft_block_size` and `boft_block_num` and set the other to 0, not boft_block_size={size}, "
                 f"boft_block_num={number}."
             )
-        if self.boft_n_butterfly_factor <= 0:
-            raise ValueError(f"`boft_n_butterfly_factor` should be a positive integer, not {self.boft_n_butterfly_factor!r}.")
-        if not 0 <= self.boft_dropout < 1:
-            raise ValueError(f"`boft_dropout` is a chance in [0, 1), not {self.boft_dropout!r}.")
 
     def _blocks(self, site: Site) -> tuple[int, int]:
         """How many rotations in a factor, of which size."""

@@ -43,7 +43,7 @@ class C3AConfig(Spread):
     """
 
     peft_type: str | None = PeftType.C3A
-    block_size: int = field(default=256, metadata={"help": "Length of a block."})
+    block_size: int = field(default=256, metadata={"help": "Length of a block.", "positive": True})
     block_size_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "Other lengths by module pattern."})
     init_weights: bool | str | None = field(default="xavier_uniform", metadata={"help": f"true, {', '.join(INITS)}."})
 
@@ -61,8 +61,6 @@ class C3AConfig(Spread):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size <= 0:
-            raise ValueError(f"`block_size` should be a positive integer, not {self.block_size!r}.")
         init = self.init_weights
         if not isinstance(init, bool) and init is not None and init not in INITS:
             raise ValueError(f"Unknown init_weights={init!r}.{nearest(str(init), INITS)} Known: True, False, {', '.join(INITS)}.")

@@ -44,13 +44,13 @@ class DeftConfig(Conditioned):
     """
 
     peft_type: str | None = PeftType.DEFT
-    r: int = field(default=8, metadata={"help": "Rank of what is taken out."})
+    r: int = field(default=8, metadata={"help": "Rank of what is taken out.", "positive": True})
     decomposition_method: str = field(default="relu", metadata={"help": "relu or qr."})
     init_scale: float = field(default=1.0, metadata={"help": "Scale of R's random start."})
     alpha: int | None = field(default=None, metadata={"help": "What is put in is scaled by alpha / r."})
     para: bool = field(default=False, metadata={"help": "Take out only."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
-    deft_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that what is put in leaves out in training."})
+    deft_dropout: float = field(default=0.0, metadata={"help": "Share of inputs what is put in leaves out in training.", "share": True})
     init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
 
     prefix: ClassVar[str] = "deft_"
@@ -67,10 +67,6 @@ class DeftConfig(Conditioned):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
-        if not 0 <= self.deft_dropout < 1:
-            raise ValueError(f"`deft_dropout` is a share in [0, 1), not {self.deft_dropout!r}.")
         if self.decomposition_method not in DECOMPOSITIONS:
             hint = nearest(str(self.decomposition_method), DECOMPOSITIONS)
             raise ValueError(f"Unknown decomposition_method={self.decomposition_method!r}.{hint} Known: {', '.join(DECOMPOSITIONS)}.")

@@ -38,14 +38,15 @@ class DeloraConfig(LowRank):
     """
 
     peft_type: str | None = PeftType.DELORA
-    r: int = field(default=8, metadata={"help": "Rank of the update."})
+    r: int = field(default=8, metadata={"help": "Rank of the update.", "positive": True})
     delora_lambda: float = field(default=15, metadata={"help": "Initial bound of the update's length."})
-    module_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    module_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training.", "share": True})
     init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
     rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "Other ranks by module pattern."})
     lambda_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "Other bounds by module pattern."})
 
     prefix: ClassVar[str] = "delora_"
+    dropout_option: ClassVar[str] = "module_dropout"
     paper: ClassVar[str] = "2503.18225"
     equation: ClassVar[str] = "W + lambda / r B diag(1 / |b_i||a_i|) A diag(|w_j|)"
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "lambda_pattern": "delora_lambda"}
@@ -54,17 +55,6 @@ class DeloraConfig(LowRank):
         "": {"r": 3, "delora_lambda": 2},
         "dropout": {"r": 2, "module_dropout": 0.3, "bias": "delora_only"},
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
-        if not 0 <= self.module_dropout < 1:
-            raise ValueError(f"`module_dropout` is a share in [0, 1), not {self.module_dropout!r}.")
-
-    @property
-    def dropout(self) -> float:
-        return self.module_dropout
 
     def params(self, site: Site) -> dict[str, Param]:
         return {

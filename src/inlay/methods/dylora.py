@@ -16,7 +16,7 @@ from ..core.method import register
 from ..core.param import Param, generator_for
 from ..core.site import Site
 from ..initializers.plain import gaussian, uniform
-from .lycoris import Drawn, rank
+from .lycoris import Drawn
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -42,11 +42,11 @@ class DyLoraConfig(Drawn):
     """
 
     peft_type: str | None = "DYLORA"
-    r: int = field(default=8, metadata={"help": "The largest rank."})
+    r: int = field(default=8, metadata={"help": "The largest rank.", "positive": True})
     alpha: float = field(default=8, metadata={"help": "The update of rank b is scaled by alpha / b."})
-    unit: int = field(default=1, metadata={"help": "Size of the blocks in which ranks are added and left out."})
+    unit: int = field(default=1, metadata={"help": "Size of the blocks in which ranks are added and left out.", "positive": True})
     last_only: bool = field(default=False, metadata={"help": "Train only the last block of those that take part."})
-    eval_rank: int | None = field(default=None, metadata={"help": "The rank outside of training; all of them where it is not set."})
+    eval_rank: int | None = field(default=None, metadata={"help": "The rank outside of training; r where None.", "positive": True})
     init_weights: bool | str = field(default=True, metadata={"help": "How the factors start: true, false, pissa, olora, eva, ..."})
     rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "Other ranks by module pattern."})
     alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "Other alphas by module pattern."})
@@ -67,14 +67,10 @@ class DyLoraConfig(Drawn):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rank("r", self.r)
-        rank("unit", self.unit)
         if self.r % self.unit:
             raise ValueError(f"`unit`={self.unit} does not divide r={self.r}; choose a divisor.")
-        if self.eval_rank is not None:
-            rank("eval_rank", self.eval_rank)
-            if self.eval_rank > self.r and not self.rank_pattern:
-                raise ValueError(f"`eval_rank`={self.eval_rank} is above r={self.r}.")
+        if self.eval_rank is not None and self.eval_rank > self.r and not self.rank_pattern:
+            raise ValueError(f"`eval_rank`={self.eval_rank} is above r={self.r}.")
         self.check_init()
 
     def unfit(self, start: str) -> str:

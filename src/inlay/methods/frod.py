@@ -24,7 +24,6 @@ from ..core.param import Param, generator_for, normal, zeros
 from ..core.site import Site
 from ..kernels.rebased import linear_plus_rebased
 from ..kernels.spread import remembered, sampled, scattered, times_sparse
-from .banks import check_share
 from .spread import Spread
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class FrodConfig(Spread):
     peft_type: str | None = PeftType.FROD
     projection_prng_key: int = field(default=0, metadata={"help": "Seed of the places of the sparse matrix."})
     save_projection: bool = field(default=True, metadata={"help": "Write the shared basis to the file."})
-    frod_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    frod_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training.", "share": True})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
     init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
     sparse_rate: float = field(default=0.01, metadata={"help": "The share of the sparse matrix that is trained."})
@@ -77,6 +76,7 @@ class FrodConfig(Spread):
     runtime_offload_base_weight: bool = field(default=False, metadata={"help": "For HF's files."})
 
     prefix: ClassVar[str] = "frod_"
+    dropout_option: ClassVar[str] = "frod_dropout"
     paper: ClassVar[str] = "2512.23485"
     equation: ClassVar[str] = "U (diag(l) + S) V', where W = U diag(l0) V' and V is shared"
     count_formula: ClassVar[str] = "in + sparse_rate·in^2"
@@ -87,13 +87,8 @@ class FrodConfig(Spread):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("frod_dropout", self.frod_dropout)
         if not 0 <= self.sparse_rate <= 1:
             raise ValueError(f"`sparse_rate` should be a number from 0 to 1, not {self.sparse_rate!r}.")
-
-    @property
-    def dropout(self) -> float:
-        return self.frod_dropout
 
     def default_targets(self) -> dict[str, list[str] | str]:
         return super().default_targets() | {"phi": ["q_proj", "v_proj"]}

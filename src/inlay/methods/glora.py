@@ -49,7 +49,7 @@ class GloraConfig(Method):
     """
 
     peft_type: str | None = PeftType.GLORA
-    r: int = field(default=8, metadata={"help": "Rank of what is of low rank."})
+    r: int = field(default=8, metadata={"help": "Rank of what is of low rank.", "positive": True})
     config_A_B: str = field(default="lora", metadata={"help": "Form of A and B: lora, vector, constant or none."})  # noqa: N815  HF's name
     config_C: str = field(default="lora", metadata={"help": "Form of C: lora, vector or none."})  # noqa: N815  HF's name
     config_D_E: str = field(default="constant", metadata={"help": "Form of D and E: vector, constant or none."})  # noqa: N815  HF's name
@@ -68,8 +68,6 @@ class GloraConfig(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
         for name, known in FORMS.items():
             value = getattr(self, name)
             if value not in known:

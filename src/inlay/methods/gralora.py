@@ -48,12 +48,13 @@ class GraloraConfig(Additive):
     r: int = field(default=32, metadata={"help": "Rank of a block times gralora_k."})
     hybrid_r: int = field(default=0, metadata={"help": "Rank of an ordinary LoRA beside it."})
     alpha: int = field(default=64, metadata={"help": "The update is scaled by alpha / (r + hybrid_r)."})
-    gralora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    gralora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training.", "share": True})
     gralora_k: int = field(default=2, metadata={"help": "Number of blocks in either direction."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
     init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
 
     prefix: ClassVar[str] = "gralora_"
+    dropout_option: ClassVar[str] = "gralora_dropout"
     paper: ClassVar[str] = "2505.20355"
     count_formula: ClassVar[str] = "r·in + out·r"
     equation: ClassVar[str] = "W + s D, D of k x k blocks Bij Aij"
@@ -72,16 +73,10 @@ class GraloraConfig(Additive):
                 raise ValueError(f"`{name}` should be an integer of at least {least}, not {value!r}.")
         if self.r % self.gralora_k:
             raise ValueError(f"The rank is shared by the blocks: r={self.r} is not divisible by gralora_k={self.gralora_k}.")
-        if not 0 <= self.gralora_dropout < 1:
-            raise ValueError(f"`gralora_dropout` is a share in [0, 1), not {self.gralora_dropout!r}.")
 
     @property
     def scaling(self) -> float:
         return self.alpha / (self.r + self.hybrid_r)
-
-    @property
-    def dropout(self) -> float:
-        return self.gralora_dropout
 
     def refuses(self, site: Site) -> str | None:
         sizes = {"outputs": site.size("out"), "inputs": site.size("in")}

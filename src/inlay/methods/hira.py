@@ -37,13 +37,14 @@ class HiraConfig(Spread):
     """
 
     peft_type: str | None = PeftType.HIRA
-    r: int = field(default=32, metadata={"help": "Rank of the gains."})
-    hira_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    r: int = field(default=32, metadata={"help": "Rank of the gains.", "positive": True})
+    hira_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training.", "share": True})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
     init_weights: bool | str | None = field(default=True, metadata={"help": "true, false or gaussian."})
     rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "Other ranks by module pattern."})
 
     prefix: ClassVar[str] = "hira_"
+    dropout_option: ClassVar[str] = "hira_dropout"
     paper: ClassVar[str] = "https://openreview.net/forum?id=TwJrTz9cRS"
     equation: ClassVar[str] = "W + W * (B A)"
     patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r"}
@@ -52,16 +53,8 @@ class HiraConfig(Spread):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
-        if not 0 <= self.hira_dropout < 1:
-            raise ValueError(f"`hira_dropout` is a share in [0, 1), not {self.hira_dropout!r}.")
         if not (isinstance(self.init_weights, bool) or self.init_weights in (None, "gaussian")):
             raise ValueError(f"Unknown init_weights={self.init_weights!r}. Known: True, False, gaussian.")
-
-    @property
-    def dropout(self) -> float:
-        return self.hira_dropout
 
     def params(self, site: Site) -> dict[str, Param]:
         if isinstance(site, Embedding):

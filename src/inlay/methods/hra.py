@@ -40,7 +40,7 @@ class HRAConfig(Rotation):
     """
 
     peft_type: str | None = PeftType.HRA
-    r: int = field(default=8, metadata={"help": "Number of reflections."})
+    r: int = field(default=8, metadata={"help": "Number of reflections.", "positive": True})
     apply_GS: bool = field(default=False, metadata={"help": "Reflect in orthogonal directions."})  # noqa: N815  HF's name
     init_weights: bool = field(default=True, metadata={"help": "Start from the identity."})
 
@@ -51,11 +51,6 @@ class HRAConfig(Rotation):
         "": {"r": 4}, "gram-schmidt": {"r": 2, "apply_GS": True}, "odd": {"r": 3, "bias": "hra_only"}
     }  # fmt: skip
     ours: ClassVar[frozenset[str]] = Method.ours - {"bias"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
 
     @property
     def never_identity(self) -> str:

@@ -19,7 +19,6 @@ from ..core.param import Param, generator_for, kaiming_uniform
 from ..core.site import Site, _AnyConv
 from ..core.targets import ALL_LINEAR
 from ..kernels.routed import linear_plus_routed
-from .banks import check_positive
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -52,8 +51,8 @@ class LilyConfig(Method):
     """
 
     peft_type: str | None = PeftType.LILY
-    r: int = field(default=32, metadata={"help": "Rank of the update."})
-    stride_A: int = field(default=1, metadata={"help": "How many neighbours share an A."})  # noqa: N815  HF's name
+    r: int = field(default=32, metadata={"help": "Rank of the update.", "positive": True})
+    stride_A: int = field(default=1, metadata={"help": "How many neighbours share an A.", "positive": True})  # noqa: N815  HF's name
     num_B: int = field(default=2, metadata={"help": "How many B the layers of one kind mix."})  # noqa: N815  HF's name
     scaling: float = field(default=1.0, metadata={"help": "The factor in front of the update."})
     init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
@@ -70,7 +69,6 @@ class LilyConfig(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(r=self.r, stride_A=self.stride_A)
         if self.num_B < 2:
             raise ValueError(f"`num_B` should be at least 2 for a router to choose from, not {self.num_B!r}.")
 

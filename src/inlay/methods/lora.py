@@ -123,9 +123,9 @@ class LoraConfig(Started):
     """
 
     peft_type: str | None = PeftType.LORA
-    r: int = field(default=8, metadata=_help("Rank of the update."))
+    r: int = field(default=8, metadata=_help("Rank of the update.") | {"positive": True})
     lora_alpha: float = field(default=8, metadata=_help("The update is scaled by lora_alpha / r."))
-    lora_dropout: float = field(default=0.0, metadata=_help("Share of inputs that the update leaves out in training."))
+    lora_dropout: float = field(default=0.0, metadata=_help("Share of inputs that the update leaves out in training.") | {"share": True})
     fan_in_fan_out: bool = field(default=False, metadata=_help("Ignored: a layer's layout is known from its type."))
     use_rslora: bool = field(default=False, metadata=_help("Scale by lora_alpha / sqrt(r)."))
     init_lora_weights: bool | str = field(default=True, metadata=_help("How the factors start: true, false, pissa, olora, eva, ..."))
@@ -146,6 +146,7 @@ class LoraConfig(Started):
     kasa_config: Any = field(default=None, metadata=_help("Leave out the weight's smallest singular components."))
 
     prefix: ClassVar[str] = "lora_"
+    dropout_option: ClassVar[str] = "lora_dropout"
     paper: ClassVar[str] = "2106.09685"
     equation: ClassVar[str] = "W + s B A"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
@@ -186,13 +187,9 @@ class LoraConfig(Started):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
         if isinstance(self.lora_alpha, float) and self.lora_alpha.is_integer():
             # Some readers of the file take whole numbers only.
             self.lora_alpha = int(self.lora_alpha)
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"`lora_dropout` is a share in [0, 1), not {self.lora_dropout!r}.")
         self.check_init()
         self._check_variant()
         if self.use_dora and self.lora_bias:
@@ -201,10 +198,6 @@ class LoraConfig(Started):
     @property
     def scaling(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    @property
-    def dropout(self) -> float:
-        return self.lora_dropout
 
     def _check_variant(self) -> None:
         """Bring the options of the variants into shape.

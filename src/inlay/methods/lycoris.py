@@ -73,24 +73,6 @@ def core_uniform(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.uniform_(-bound, bound, generator=generator)
 
 
-def share(name: str, value: float) -> None:
-    """
-    Raises:
-        ValueError: the option is no share.
-    """
-    if not 0 <= value < 1:
-        raise ValueError(f"`{name}` is a share in [0, 1), not {value!r}.")
-
-
-def rank(name: str, value: Any) -> None:
-    """
-    Raises:
-        ValueError: the option is no rank.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"`{name}` should be a positive integer, not {value!r}.")
-
-
 @dataclass
 class Lycoris(Additive):
     """The options of LoHa, LoKr and LoCon.
@@ -112,10 +94,10 @@ class Lycoris(Additive):
 
     rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata=_help("Other ranks by module pattern."))
     alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata=_help("Other alphas by module pattern."))
-    r: int = field(default=8, metadata=_help("Rank of the factors."))
+    r: int = field(default=8, metadata=_help("Rank of the factors.") | {"positive": True})
     alpha: float = field(default=8, metadata=_help("The update is scaled by alpha / r."))
-    rank_dropout: float = field(default=0.0, metadata=_help("Share of the update's rows left out in training."))
-    module_dropout: float = field(default=0.0, metadata=_help("Chance of a layer to go without its update in training."))
+    rank_dropout: float = field(default=0.0, metadata=_help("Share of the update's rows left out in training.") | {"share": True})
+    module_dropout: float = field(default=0.0, metadata=_help("Chance of a layer to go without its update in training.") | {"share": True})
     rank_dropout_scale: bool = field(default=False, metadata=_help("Scale the rows that are kept, to make up for the others."))
     use_effective_conv2d: bool = field(default=False, metadata=_help("Decompose kernels of convolutions by a core tensor."))
     use_scalar: bool = field(default=False, metadata=_help("A trained factor that starts from zero.") | {"ours": True})
@@ -125,9 +107,6 @@ class Lycoris(Additive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rank("r", self.r)
-        share("rank_dropout", self.rank_dropout)
-        share("module_dropout", self.module_dropout)
         self.check_init()
 
     def check_init(self) -> None:

@@ -44,12 +44,13 @@ class MissConfig(Additive):
     """
 
     peft_type: str | None = PeftType.MISS
-    r: int = field(default=64, metadata={"help": "Length of a shard of the inputs."})
-    miss_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
-    mini_r: int = field(default=1, metadata={"help": "With init_weights=mini: outputs that have a block of their own."})
+    r: int = field(default=64, metadata={"help": "Length of a shard of the inputs.", "positive": True})
+    miss_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training.", "share": True})
+    mini_r: int = field(default=1, metadata={"help": "With init_weights=mini: outputs with a block of their own.", "positive": True})
     init_weights: bool | str = field(default=True, metadata={"help": "true, bat, mini or false."})
 
     prefix: ClassVar[str] = "miss_"
+    dropout_option: ClassVar[str] = "miss_dropout"
     paper: ClassVar[str] = "2409.15371"
     equation: ClassVar[str] = "W + [E E ... E]"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
@@ -66,21 +67,11 @@ class MissConfig(Additive):
             # So HF's help calls what its code calls as all others.
             self.bias = "miss_only"
         super().__post_init__()
-        for name in ("r", "mini_r"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise ValueError(f"`{name}` should be a positive integer, not {value!r}.")
-        if not 0 <= self.miss_dropout < 1:
-            raise ValueError(f"`miss_dropout` is a share in [0, 1), not {self.miss_dropout!r}.")
         if not isinstance(self.init_weights, bool) and self.init_weights not in INITS:
             raise ValueError(f"Unknown init_weights={self.init_weights!r}. Known: True, False, {', '.join(INITS)}.")
         if self.init_weights == "bat" and (self.use_dora or self.miss_dropout):
             name = "use_dora" if self.use_dora else "miss_dropout"
             raise ValueError(f"init_weights='bat' multiplies the weight, so that there is no added path for `{name}`; leave it unset.")
-
-    @property
-    def dropout(self) -> float:
-        return self.miss_dropout
 
     def variant(self) -> Method:
         return self.become(Bat) if self.init_weights == "bat" else super().variant()

@@ -51,7 +51,7 @@ class OFTConfig(Rotation):
     peft_type: str | None = PeftType.OFT
     r: int = field(default=0, metadata={"help": "Number of blocks, or 0."})
     oft_block_size: int = field(default=32, metadata={"help": "Size of a block, or 0."})
-    module_dropout: float = field(default=0.0, metadata={"help": "Chance of a block to be left out in training."})
+    module_dropout: float = field(default=0.0, metadata={"help": "Chance of a block to be left out in training.", "share": True})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
     init_weights: bool = field(default=True, metadata={"help": "Start from the identity."})
     coft: bool = field(default=False, metadata={"help": "Keep the rotation within a small ball."})
@@ -79,8 +79,6 @@ class OFTConfig(Rotation):
         super().__post_init__()
         if min(self.r, self.oft_block_size) != 0 or max(self.r, self.oft_block_size) <= 0:
             raise ValueError(f"Give one of `r` and `oft_block_size` and set the other to 0, not r={self.r}, {self.oft_block_size=}.")
-        if not 0 <= self.module_dropout < 1:
-            raise ValueError(f"`module_dropout` is a chance in [0, 1), not {self.module_dropout!r}.")
         if self.use_cayley_neumann and self.num_cayley_neumann_terms < 2:
             raise ValueError("`num_cayley_neumann_terms` below 2 leaves nothing to train.")
 

@@ -53,7 +53,7 @@ class PeanutConfig(Conditioned):
     """
 
     peft_type: str | None = PeftType.PEANUT
-    r: int = field(default=32, metadata={"help": "Width of the network."})
+    r: int = field(default=32, metadata={"help": "Width of the network.", "positive": True})
     depth: int = field(default=0, metadata={"help": "Hidden layers on either side."})
     act_fn: str = field(default="relu", metadata={"help": "The activation, as transformers calls it."})
     scaling: float = field(default=1.0, metadata={"help": "The factor in front of the update."})
@@ -70,8 +70,6 @@ class PeanutConfig(Conditioned):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
         if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 0:
             raise ValueError(f"`depth` should be a whole number from 0 on, not {self.depth!r}.")
         _activation(self.act_fn)

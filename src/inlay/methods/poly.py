@@ -58,12 +58,12 @@ class PolyConfig(LowRank):
     """
 
     peft_type: str | None = PeftType.POLY
-    r: int = field(default=8, metadata=_help("Rank of a skill."))
+    r: int = field(default=8, metadata=_help("Rank of a skill.") | {"positive": True})
     init_weights: bool = field(default=True, metadata=_help("Start from the base."))
-    poly_type: str = field(default="poly", metadata=_help("The kind of router; poly."))
-    n_tasks: int = field(default=1, metadata=_help("How many mixtures there are."))
-    n_skills: int = field(default=4, metadata=_help("Skills of a layer."))
-    n_splits: int = field(default=1, metadata=_help("Parts of the features that are mixed by themselves."))
+    poly_type: str = field(default="poly", metadata=_help("The kind of router; poly.") | {"known": ("poly",)})
+    n_tasks: int = field(default=1, metadata=_help("How many mixtures there are.") | {"positive": True})
+    n_skills: int = field(default=4, metadata=_help("Skills of a layer.") | {"positive": True})
+    n_splits: int = field(default=1, metadata=_help("Parts of the features that are mixed by themselves.") | {"positive": True})
 
     prefix: ClassVar[str] = "poly_"
     paper: ClassVar[str] = "2202.13914"
@@ -79,11 +79,6 @@ class PolyConfig(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "n_tasks", "n_skills", "n_splits"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` should be a positive integer, not {getattr(self, name)!r}.")
-        if self.poly_type != "poly":
-            raise ValueError(f"poly_type={self.poly_type!r} is unknown; use 'poly'.")
         if self.use_dora:
             raise ValueError("`use_dora` needs one update, and in training Poly draws a mixture for each row.")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.additive import LowRank
-from ..core.config import PeftType, nearest
+from ..core.config import PeftType
 from ..core.families import cayley, cayley_series, in_full_precision, skew
 from ..core.method import Method, full, padded, register
 from ..core.param import Init, Param, normal, ones, zeros
@@ -25,9 +25,6 @@ from ..kernels.core import linear_plus_core
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..core.inner import Inner
-
-BASES = ("psoft_init", "pissa_init")
-SVDS = ("full", "lowrank")
 
 
 @register
@@ -57,23 +54,24 @@ class PsoftConfig(LowRank):
     """
 
     peft_type: str | None = PeftType.PSOFT
-    r: int = field(default=32, metadata={"help": "Dimension of the subspace."})
+    r: int = field(default=32, metadata={"help": "Dimension of the subspace.", "positive": True})
     psoft_alpha: int = field(default=32, metadata={"help": "The update is scaled by psoft_alpha / r."})
-    psoft_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    psoft_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training.", "share": True})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
-    ab_svd_init: str = field(default="psoft_init", metadata={"help": "psoft_init or pissa_init."})
-    psoft_svd: str = field(default="full", metadata={"help": "full or lowrank."})
+    ab_svd_init: str = field(default="psoft_init", metadata={"help": "psoft_init or pissa_init.", "known": ("psoft_init", "pissa_init")})
+    psoft_svd: str = field(default="full", metadata={"help": "full or lowrank.", "known": ("full", "lowrank")})
     psoft_svd_lowrank_niter: int = field(default=10, metadata={"help": "Power iterations of the randomised decomposition."})
     random_seed: int = field(default=0, metadata={"help": "Seed of the randomised decomposition."})
     psoft_orth: bool = field(default=True, metadata={"help": "Keep R orthogonal."})
     psoft_mag_b: bool = field(default=True, metadata={"help": "Train a scale behind R."})
     psoft_mag_a: bool = field(default=True, metadata={"help": "Train a scale before R."})
     use_cayley_neumann: bool = field(default=False, metadata={"help": "A series instead of an inverse."})
-    num_cayley_neumann_terms: int = field(default=5, metadata={"help": "Where to cut the series."})
+    num_cayley_neumann_terms: int = field(default=5, metadata={"help": "Where to cut the series.", "positive": True})
     cayley_neumann_eps: float | None = field(default=None, metadata={"help": "Largest norm within the series."})
     init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
 
     prefix: ClassVar[str] = "psoft_"
+    dropout_option: ClassVar[str] = "psoft_dropout"
     paper: ClassVar[str] = "2505.11235"
     count_formula: ClassVar[str] = "r·(r - 1) / 2 + 2·r"
     equation: ClassVar[str] = "W + s B (diag(b) R diag(a) - I) A, R orthogonal, s B A the best of rank r for W"
@@ -88,16 +86,6 @@ class PsoftConfig(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
-        if not 0 <= self.psoft_dropout < 1:
-            raise ValueError(f"`psoft_dropout` is a share in [0, 1), not {self.psoft_dropout!r}.")
-        for name, known in (("ab_svd_init", BASES), ("psoft_svd", SVDS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"Unknown {name}={value!r}.{nearest(str(value), known)} Known: {', '.join(known)}.")
-        if self.num_cayley_neumann_terms <= 0:
-            raise ValueError(f"`num_cayley_neumann_terms` should be a positive integer, not {self.num_cayley_neumann_terms!r}.")
         if self.cayley_neumann_eps is not None and not 0 < self.cayley_neumann_eps < 1:
             raise ValueError(f"`cayley_neumann_eps` should be between 0 and 1, not {self.cayley_neumann_eps!r}.")
         if self.cayley_neumann_eps is not None and not self.use_cayley_neumann:
@@ -106,10 +94,6 @@ class PsoftConfig(LowRank):
     @property
     def scaling(self) -> float:
         return self.psoft_alpha / self.r
-
-    @property
-    def dropout(self) -> float:
-        return self.psoft_dropout
 
     @property
     def heavy(self) -> str:

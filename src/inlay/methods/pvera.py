@@ -24,7 +24,7 @@ from ..core.site import Site
 from ..kernels.drawn import linear_plus_drawn
 from ..kernels.gained import linear_plus_gained
 from ..kernels.lowrank import takes_the_formula
-from .banks import check_positive, check_share, corner, uniform_of_fan, widest
+from .banks import corner, uniform_of_fan, widest
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -55,10 +55,10 @@ class PveraConfig(LowRank):
     """
 
     peft_type: str | None = PeftType.PVERA
-    r: int = field(default=256, metadata={"help": "Rank of the update."})
+    r: int = field(default=256, metadata={"help": "Rank of the update.", "positive": True})
     projection_prng_key: int = field(default=0, metadata={"help": "Seed of the random projection."})
     save_projection: bool = field(default=True, metadata={"help": "Write the random projection to the file."})
-    pvera_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    pvera_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training.", "share": True})
     d_initial: float = field(default=0.1, metadata={"help": "Initial value of the inner vector."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
     init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
@@ -66,21 +66,13 @@ class PveraConfig(LowRank):
     generator_seed: int | None = field(default=None, metadata={"help": "Seed of what is drawn from the distribution."})
 
     prefix: ClassVar[str] = "pvera_lambda_"
+    dropout_option: ClassVar[str] = "pvera_dropout"
     paper: ClassVar[str] = "2512.07703"
     equation: ClassVar[str] = "W + diag(b) B diag(d) A, with B and A frozen and shared; noise on the middle in training"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"r": 4}, "dropout": {"r": 3, "pvera_dropout": 0.3, "projection_prng_key": 7, "save_projection": False}
     }  # fmt: skip
     ours: ClassVar[frozenset[str]] = (Method.ours - {"bias"}) | {"exclude_modules"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(r=self.r)
-        check_share("pvera_dropout", self.pvera_dropout)
-
-    @property
-    def dropout(self) -> float:
-        return self.pvera_dropout
 
     def default_targets(self) -> dict[str, list[str] | str]:
         return super().default_targets() | {"phi": ["q_proj", "v_proj"], "dinov2": ["query", "value"]}

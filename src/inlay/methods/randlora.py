@@ -19,7 +19,7 @@ from ..core.config import PeftType
 from ..core.method import Method, full, register
 from ..core.param import Param, constant, normal, zeros
 from ..core.site import Site
-from .banks import check_positive, check_share, widest
+from .banks import widest
 from .spread import Spread
 
 if TYPE_CHECKING:
@@ -51,17 +51,18 @@ class RandLoraConfig(Spread):
     """
 
     peft_type: str | None = PeftType.RANDLORA
-    r: int = field(default=32, metadata={"help": "Rank of each basis."})
+    r: int = field(default=32, metadata={"help": "Rank of each basis.", "positive": True})
     projection_prng_key: int = field(default=0, metadata={"help": "Seed of the random bases."})
     save_projection: bool = field(default=True, metadata={"help": "Write the random bases to the file."})
     sparse: bool = field(default=False, metadata={"help": "Bases of -1, 0 and 1, two thirds of them 0."})
     very_sparse: bool = field(default=False, metadata={"help": "Bases of -1, 0 and 1, almost all of them 0."})
-    randlora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    randlora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs the update leaves out in training.", "share": True})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
     randlora_alpha: int = field(default=640, metadata={"help": "The update is scaled by randlora_alpha / r."})
     init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
 
     prefix: ClassVar[str] = "randlora_"
+    dropout_option: ClassVar[str] = "randlora_dropout"
     paper: ClassVar[str] = "2502.00987"
     equation: ClassVar[str] = "W + s sum_n B_n diag(lambda_n) A diag(gamma_n), with B_n and A frozen and shared"
     count_formula: ClassVar[str] = "min(in, out)·(1 + min(in, out) / r)"
@@ -71,15 +72,6 @@ class RandLoraConfig(Spread):
         "dropout": {"r": 2, "randlora_alpha": 4, "randlora_dropout": 0.3, "save_projection": False},
     }
     ours: ClassVar[frozenset[str]] = (Method.ours - {"bias"}) | {"exclude_modules"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(r=self.r)
-        check_share("randlora_dropout", self.randlora_dropout)
-
-    @property
-    def dropout(self) -> float:
-        return self.randlora_dropout
 
     # -- the bank --
     def shared(self, sites: Mapping[str, Site]) -> nn.Module:

@@ -73,7 +73,7 @@ class ShadowConfig(Method):
     peft_type: str | None = PeftType.SHADOW
     r: int = field(default=8, metadata={"help": "Rank of the correction."})
     shadow_alpha: float = field(default=0.1, metadata={"help": "Strength of the correction."})
-    shadow_dropout: float = field(default=0.2, metadata={"help": "Share of the difference that training leaves out."})
+    shadow_dropout: float = field(default=0.2, metadata={"help": "Share of the difference that training leaves out.", "share": True})
     init_weights: bool = field(default=True, metadata={"help": "Start with no correction."})
     shadow_model: str = field(default="mirror", metadata={"help": "'mirror', or where a trained shadow is."})
     shadow_num_hidden_layers: int | None = field(default=None, metadata={"help": "Blocks of the mirror; one where None."})
@@ -102,8 +102,6 @@ class ShadowConfig(Method):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r}: give a positive number.")
-        if not 0 <= self.shadow_dropout < 1:
-            raise ValueError(f"`shadow_dropout` is a share in [0, 1), not {self.shadow_dropout!r}.")
         given = [name for name in MIRRORED if getattr(self, name) is not None]
         if self.shadow_model != "mirror" and given:
             raise ValueError(f"{', '.join(given)}: a trained shadow has sizes of its own; leave these out, or use shadow_model='mirror'.")

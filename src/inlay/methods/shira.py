@@ -40,7 +40,7 @@ class ShiraConfig(Spread):
     """
 
     peft_type: str | None = PeftType.SHIRA
-    r: int = field(default=32, metadata={"help": "As many entries as LoRA of this rank has."})
+    r: int = field(default=32, metadata={"help": "As many entries as LoRA of this rank has.", "positive": True})
     mask_type: str = field(default="random", metadata={"help": "random, or a name for a mask_fn of your own."})
     random_seed: int | None = field(default=None, metadata={"help": "Seed of the random mask."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
@@ -55,11 +55,6 @@ class ShiraConfig(Spread):
 
     # Chooses the entries; no field, since files do not hold functions.
     mask_fn: ClassVar[Callable[..., Tensor] | None] = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer, not {self.r!r}.")
 
     def at(self, path: str) -> Method:
         found = super().at(path)

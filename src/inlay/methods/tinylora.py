@@ -18,7 +18,6 @@ from ..core.config import PeftType
 from ..core.method import Method, full, register
 from ..core.param import Param, generator_for, zeros
 from ..core.site import Embedding, Site
-from .banks import check_positive, check_share
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -55,17 +54,18 @@ class TinyLoraConfig(LowRank):
     """
 
     peft_type: str | None = PeftType.TINYLORA
-    r: int = field(default=2, metadata={"help": "Number of singular directions."})
-    u: int = field(default=64, metadata={"help": "Length of the trained vectors."})
+    r: int = field(default=2, metadata={"help": "Number of singular directions.", "positive": True})
+    u: int = field(default=64, metadata={"help": "Length of the trained vectors.", "positive": True})
     weight_tying: float = field(default=0.0, metadata={"help": "0: each layer has its vector; 1: all have one in common."})
     projection_seed: int = field(default=42, metadata={"help": "Seed of the random matrices."})
     save_projection: bool = field(default=True, metadata={"help": "Write the random matrices to the file."})
     init_v_bound: float = field(default=0.02, metadata={"help": "Bound of the vector's first values."})
-    tinylora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    tinylora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs the update leaves out in training.", "share": True})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
     init_weights: bool | str = field(default=True, metadata={"help": "True: start from the base; uniform: from random numbers."})
 
     prefix: ClassVar[str] = "tinylora_"
+    dropout_option: ClassVar[str] = "tinylora_dropout"
     paper: ClassVar[str] = "2602.04118"
     count_formula: ClassVar[str] = "a share of a vector of u numbers"
     equation: ClassVar[str] = "W + B (sum_i v_i P_i) A, with A, B from the SVD of W, P_i random and v shared"
@@ -78,16 +78,10 @@ class TinyLoraConfig(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(r=self.r, u=self.u)
-        check_share("tinylora_dropout", self.tinylora_dropout)
         if not 0 <= self.weight_tying <= 1:
             raise ValueError(f"`weight_tying` should be a number from 0 (none) to 1 (all), not {self.weight_tying!r}.")
         if self.init_weights not in (True, False, "uniform"):
             raise ValueError(f"`init_weights` should be true, false or 'uniform', not {self.init_weights!r}.")
-
-    @property
-    def dropout(self) -> float:
-        return self.tinylora_dropout
 
     @property
     def never_identity(self) -> str:

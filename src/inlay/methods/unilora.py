@@ -19,7 +19,6 @@ from ..core.config import PeftType
 from ..core.method import Method, register
 from ..core.param import Param, generator_for, zeros
 from ..core.site import Site
-from .banks import check_positive, check_share
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -59,16 +58,17 @@ class UniLoraConfig(LowRank):
     """
 
     peft_type: str | None = PeftType.UNILORA
-    r: int = field(default=4, metadata={"help": "Rank of the update."})
+    r: int = field(default=4, metadata={"help": "Rank of the update.", "positive": True})
     proj_seed: int = field(default=42, metadata={"help": "Seed of the choice of entries."})
-    theta_d_length: int = field(default=256, metadata={"help": "Length of the trained vector."})
-    unilora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    theta_d_length: int = field(default=256, metadata={"help": "Length of the trained vector.", "positive": True})
+    unilora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training.", "share": True})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
     init_theta_d_bound: float = field(default=0.02, metadata={"help": "Bound of the vector's first values."})
     init_weights: bool = field(default=True, metadata={"help": "Start uniform within the bound; false: from normal numbers."})
     save_indices: bool = field(default=False, metadata={"help": "Write the choice of entries to the file."})
 
     prefix: ClassVar[str] = "unilora_"
+    dropout_option: ClassVar[str] = "unilora_dropout"
     paper: ClassVar[str] = "2506.00799"
     count_formula: ClassVar[str] = "a share of a vector of theta_d_length numbers"
     equation: ClassVar[str] = "W + B A, with (A, B) of all layers = P theta, P a fixed random projection"
@@ -79,14 +79,8 @@ class UniLoraConfig(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(r=self.r, theta_d_length=self.theta_d_length)
-        check_share("unilora_dropout", self.unilora_dropout)
         if self.init_theta_d_bound <= 0:
             raise ValueError(f"`init_theta_d_bound` should be positive, not {self.init_theta_d_bound!r}.")
-
-    @property
-    def dropout(self) -> float:
-        return self.unilora_dropout
 
     @property
     def never_identity(self) -> str:

@@ -18,7 +18,6 @@ from ..core.config import PeftType
 from ..core.method import Method, padded, register
 from ..core.param import Param, generator_for, normal
 from ..core.site import Site
-from .banks import check_positive, check_share
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -53,17 +52,18 @@ class VBLoRAConfig(LowRank):
     """
 
     peft_type: str | None = PeftType.VBLORA
-    r: int = field(default=4, metadata={"help": "Rank of the update."})
-    num_vectors: int = field(default=256, metadata={"help": "Number of vectors in the bank."})
-    vector_length: int = field(default=256, metadata={"help": "Length of the vectors in the bank."})
-    topk: int = field(default=2, metadata={"help": "Number of vectors that are mixed in one piece."})
+    r: int = field(default=4, metadata={"help": "Rank of the update.", "positive": True})
+    num_vectors: int = field(default=256, metadata={"help": "Number of vectors in the bank.", "positive": True})
+    vector_length: int = field(default=256, metadata={"help": "Length of the vectors in the bank.", "positive": True})
+    topk: int = field(default=2, metadata={"help": "Number of vectors that are mixed in one piece.", "positive": True})
     save_only_topk_weights: bool = field(default=False, metadata={"help": "Write the mixtures and not the logits."})
-    vblora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    vblora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training.", "share": True})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
     init_vector_bank_bound: float = field(default=0.02, metadata={"help": "Bound of the bank's first values."})
     init_logits_std: float = field(default=0.1, metadata={"help": "Standard deviation of the first logits."})
 
     prefix: ClassVar[str] = "vblora_"
+    dropout_option: ClassVar[str] = "vblora_dropout"
     paper: ClassVar[str] = "2405.15179"
     equation: ClassVar[str] = "W + B A, with the pieces of B and A mixed from the k best of a shared bank of vectors"
     count_formula: ClassVar[str] = "r·num_vectors·(in + out) / vector_length"
@@ -75,14 +75,8 @@ class VBLoRAConfig(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(r=self.r, num_vectors=self.num_vectors, vector_length=self.vector_length, topk=self.topk)
-        check_share("vblora_dropout", self.vblora_dropout)
         if self.topk > self.num_vectors:
             raise ValueError(f"`topk`={self.topk} vectors cannot be chosen of `num_vectors`={self.num_vectors}.")
-
-    @property
-    def dropout(self) -> float:
-        return self.vblora_dropout
 
     @property
     def never_identity(self) -> str:

@@ -16,7 +16,7 @@ from ..core.method import Method, register
 from ..core.param import Param, constant, normal, ones, zeros
 from ..core.site import Site
 from ..kernels.gained import linear_plus_gained
-from .banks import check_positive, check_share, corner, uniform_of_fan, widest
+from .banks import corner, uniform_of_fan, widest
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -42,30 +42,22 @@ class VeraConfig(LowRank):
     """
 
     peft_type: str | None = PeftType.VERA
-    r: int = field(default=256, metadata={"help": "Rank of the update."})
+    r: int = field(default=256, metadata={"help": "Rank of the update.", "positive": True})
     projection_prng_key: int = field(default=0, metadata={"help": "Seed of the random projection."})
     save_projection: bool = field(default=True, metadata={"help": "Write the random projection to the file."})
-    vera_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training."})
+    vera_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that the update leaves out in training.", "share": True})
     d_initial: float = field(default=0.1, metadata={"help": "Initial value of the inner vector."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
     init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
 
     prefix: ClassVar[str] = "vera_lambda_"
+    dropout_option: ClassVar[str] = "vera_dropout"
     paper: ClassVar[str] = "2310.11454"
     equation: ClassVar[str] = "W + diag(b) B diag(d) A, with B and A frozen and shared"
     examples: ClassVar[dict[str, dict[str, Any]]] = {
         "": {"r": 4}, "dropout": {"r": 3, "vera_dropout": 0.3, "projection_prng_key": 7, "save_projection": False}
     }  # fmt: skip
     ours: ClassVar[frozenset[str]] = (Method.ours - {"bias"}) | {"exclude_modules"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(r=self.r)
-        check_share("vera_dropout", self.vera_dropout)
-
-    @property
-    def dropout(self) -> float:
-        return self.vera_dropout
 
     def default_targets(self) -> dict[str, list[str] | str]:
         return super().default_targets() | {"phi": ["q_proj", "v_proj"]}
