@@ -35,16 +35,22 @@ def _factor(table, adapter, r, k, rank, width, along_rank: tl.constexpr, dtype: 
 
 
 @triton.jit
+def _tile(tokens, owner, first, bounds, tile: tl.constexpr):
+    """Of the tile that a program does: the adapter, its positions, which of them it has, and the tokens that stand there."""
+    adapter = tl.load(owner + tl.program_id(0))
+    position = tl.load(first + tl.program_id(0)) + tl.arange(0, tile)
+    inside = position < tl.load(bounds + adapter + 1)
+    return adapter, position, inside, tl.load(tokens + position, mask=inside, other=0)
+
+
+@triton.jit
 def _shrink(
     x, tokens, owner, first, bounds, table, ranks, u, width,
     along_rank: tl.constexpr, dtype: tl.constexpr, compute: tl.constexpr, sums: tl.constexpr, precision: tl.constexpr,
     most: tl.constexpr, tile: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     """``u[position] = F x[token]`` with the adapter's factor ``F (rank, width)``."""
-    adapter = tl.load(owner + tl.program_id(0))
-    position = tl.load(first + tl.program_id(0)) + tl.arange(0, tile)
-    inside = position < tl.load(bounds + adapter + 1)
-    token = tl.load(tokens + position, mask=inside, other=0)
+    adapter, position, inside, token = _tile(tokens, owner, first, bounds, tile)
     rank, r = tl.load(ranks + adapter), tl.arange(0, most)
     total = tl.zeros((tile, most), dtype=sums)
     for start in range(0, width, columns):
@@ -62,10 +68,7 @@ def _expand(
     most: tl.constexpr, tile: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     """``y[token] += s F' u[position]`` with the adapter's factor ``F (rank, width)``; no token stands at two positions."""
-    adapter = tl.load(owner + tl.program_id(0))
-    position = tl.load(first + tl.program_id(0)) + tl.arange(0, tile)
-    inside = position < tl.load(bounds + adapter + 1)
-    token = tl.load(tokens + position, mask=inside, other=0)
+    adapter, position, inside, token = _tile(tokens, owner, first, bounds, tile)
     rank, r = tl.load(ranks + adapter), tl.arange(0, most)
     k = tl.program_id(1) * columns + tl.arange(0, columns)
     low = tl.load(u + position[:, None] * most + r[None, :], mask=inside[:, None], other=0.0)
