@@ -172,15 +172,21 @@ class _LinearPlusLowRank(torch.autograd.Function):
         dx = da = db = dropped = keep = None
         a, b, rows, low = a.to(ctx.dtype), b.to(ctx.dtype), rows_of(g, g.dtype), rows_of(g, ctx.dtype)
         inner, outer = (q.to(ctx.dtype) for q in trained) if apart else (a, b)
+        at_once = a_trains and b_trains and u is None and _at_once_pays(len(rows), *outer.shape, a.shape[1])
         # gu' = scale B' g'
-        gu = (outer.t().contiguous() @ low.t()).mul_(ctx.scale)
+        gu = None if at_once else (outer.t().contiguous() @ low.t()).mul_(ctx.scale)
         if bits is not None:
             keep = factors(bits, ctx.rate, (len(rows), a.shape[1]), ctx.dtype)
         if x is not None:
             dropped = rows_of(x, ctx.dtype) if keep is None else keep * rows_of(x, ctx.dtype)
-        if a_trains:
+        if at_once:
+            assert dropped is not None
+            update = (low.t() @ dropped).mul_(ctx.scale)
+            da, db = outer.t() @ update, update @ inner.t()
+        elif a_trains:
+            assert gu is not None
             da = gu @ dropped
-        if b_trains:
+        if b_trains and not at_once:
             if u is None or (dropped is not None and torch.is_grad_enabled()):
                 # A second derivative needs u as a function of what it came from; where A is frozen, it is.
                 assert dropped is not None
@@ -190,6 +196,11 @@ class _LinearPlusLowRank(torch.autograd.Function):
             w = w if ctx.restore is None else ctx.restore()
             dx = _input_gradient(rows, low, w, a, b, None if apart else gu, ctx.scale, keep).view(*g.shape[:-1], a.shape[1])
         return dx, None, None, None, *((None, None) if apart else (da, db)), None, None, None, *((da, db) if apart else (None, None))
+
+
+def _at_once_pays(rows: int, out: int, rank: int, inp: int) -> bool:
+    """Whether the gradients of both factors are cheaper by way of that of their product: where the rank is high."""
+    return 2 * rows * rank * (out + inp) > out * inp * (rows + 2 * rank)
 
 
 def _input_gradient(
