@@ -84,11 +84,14 @@ class RandLoraConfig(Spread):
             b = _signs((max(sizes), self._bases(min(sizes)), self.r), density, generator)
         else:
             a = _uniform((self.r, 1, min(sizes)), generator)
-            b = torch.cat([_uniform((max(sizes), 1, self.r), generator) for _ in range(self._bases(min(sizes)))], 1)
+            b = a.new_empty(max(sizes), self._bases(min(sizes)), self.r)
+            for n in range(b.shape[1]):
+                b[:, n : n + 1] = _uniform((max(sizes), 1, self.r), generator)
         bank, dtype = nn.Module(), next(iter(sites.values())).dtype
         for name, basis in {"randlora_A": a, "randlora_B": b}.items():
             deviation = basis.std() if basis.numel() > 1 else basis.new_zeros(())
-            basis = (basis / deviation if deviation > 0 else basis).to(dtype if dtype.itemsize > 1 else torch.float32)
+            # In place: it is as large as a weight.
+            basis = (basis.div_(deviation) if deviation > 0 else basis).to(dtype if dtype.itemsize > 1 else torch.float32)
             bank.register_buffer(name, basis, persistent=self.save_projection)
         return bank
 
