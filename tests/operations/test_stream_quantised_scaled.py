@@ -220,3 +220,62 @@ def test_torchao(name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pyt
         assert merge.rounding[key].of_weight == pytest.approx(error.item(), rel=1e-3 if dtype == torch.float32 else 0.06)
     if name != "int8 as one":
         same_in_pieces(base, folder, tmp_path, monkeypatch)
+
+
+def halves(_: str, w: Tensor) -> Quantised:
+    """Int4Tensor's numbers: codes from -8 to 7 of which a byte has two, and what a code means is ``code * scale + zero``."""
+    groups = w.float().view(w.shape[0], -1, 32)
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = (high - low).clamp(min=1e-6) / 15
+    zero = low + scale * 8
+    codes = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).to(torch.int8).flatten(1) - 8
+    scale, zero = scale.bfloat16(), zero.bfloat16()
+    parts = {"_weight_qdata": (codes[:, ::2] & 15) | (codes[:, 1::2] << 4), "_weight_scale": scale.mT, "_weight_zero_point": zero.mT}
+    return parts, (codes.view(groups.shape).float() * scale.float()[..., None] + zero.float()[..., None]).flatten(1)
+
+
+def described(kind: str, keys: dict[str, Tensor], **more: Any) -> dict[str, str]:
+    """The header of a file."""
+    found = {}
+    for key, w in keys.items():
+        said = {"block_size": [1, 32], "shape": list(w.shape), **more}
+        found[key] = json.dumps({"_type": kind, "_data": said} if linear(key) else {"_type": "Tensor"})
+    return found | {"tensor_names": json.dumps(list(keys))}
+
+
+def test_torchao_int4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = described("Int4Tensor", wide().state_dict())
+    base, dense = quantised_by(halves, {"quant_method": "torchao"}, tmp_path, wide, torch.bfloat16, metadata=metadata)
+    folder = both_dequantised(base, dense, tmp_path)
+    found, wanted, merge = requantised(base, dense, folder, tmp_path)
+    for key, w in wanted.items():
+        parts, meaning = halves(key, w)
+        owner = key.removesuffix("weight")
+        assert (found[f"{owner}_weight_qdata"] != parts["_weight_qdata"]).float().mean() < 0.01
+        for end in ("_weight_scale", "_weight_zero_point"):
+            torch.testing.assert_close(found[owner + end], parts[end], rtol=2**-7, atol=1e-6)
+        assert merge.rounding[key].of_weight == pytest.approx(((meaning - w).norm() / w.norm()).item(), rel=1e-2)
+    same_in_pieces(base, folder, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "said"),
+    [
+        ("Int4TilePackedTo4dTensor", {}, "torchao, with a Int4TilePackedTo4dTensor for 'model.*cannot be read.*--base-dtype original"),
+        ("Int4Tensor", {"activation_dtype": {"_type": "torch.dtype", "_data": "float8_e4m3fn"}}, "its scales fit inputs in eight bits"),
+    ],
+)
+def test_torchao_refusals(kind: str, more: dict[str, Any], said: str, tmp_path: Path) -> None:
+    metadata = described(kind, wide().state_dict(), **more)
+    base, dense = quantised_by(halves, {"quant_method": "torchao"}, tmp_path, wide, torch.bfloat16, metadata=metadata)
+    folder = adapter(dense, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=said):
+        StreamMerge(base, [folder], base_dtype="requantized")
+
+
+def test_compressed_tensors_of_several_codes_in_a_number_are_refused(tmp_path: Path) -> None:
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+    base, dense = quantised_by(lambda _, w: ({"weight_packed": w}, w), config, tmp_path, wide)
+    folder = adapter(dense, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="compressed-tensors, pack-quantized.*cannot be read.*--base-dtype original"):
+        StreamMerge(base, [folder], base_dtype="dequantized")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from inlay import LoraConfig
+from inlay.cli.app import run
 from inlay.formats.packed.words import pack, unpack
 from inlay.operations.stream_merge import StreamMerge
 
@@ -173,3 +175,14 @@ def test_other_orders_are_refused_with_the_remedy(config: dict[str, Any], said: 
     folder = adapter(dense, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=f"{said}.*cannot be read.*--base-dtype original"):
         StreamMerge(base, [folder], base_dtype="dequantized")
+
+
+@pytest.mark.parametrize("into", ["dequantized", "requantized"])
+def test_on_the_command_line(into: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, dense = quantised_by(awq(32), {"quant_method": "awq", "bits": 4}, tmp_path, wide)
+    folder = adapter(dense, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
+    words = ["merge", str(base), "--adapter", str(folder), "--out", str(tmp_path / "out"), "--base-dtype", into, "--verify", "--json"]
+    assert run(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.get("quantised") == ("awq 4 bits" if into == "requantized" else None)
+    assert found["error"] < (0.5 if into == "requantized" else 5e-3)

@@ -272,12 +272,19 @@ def compared(planned: StreamMerge, written: Path, device: str, screen: Any) -> f
 def _opened(planned: StreamMerge, folder: Path) -> Any:
     """A folder's model in the numbers of the output; a quantised one without the library that wrote it."""
     from inlay import from_pretrained_quantized
-    from inlay.operations.disk_base import quantisation, read_config
+    from inlay.formats.streaming import Files
+    from inlay.operations.disk_base import base_on_disk, quantisation, read_config
 
-    dtype = planned.out_dtype or "auto"
-    if quantisation(read_config(folder)) is None:
-        return planned.model_class.from_pretrained(str(folder), dtype=dtype)
-    return from_pretrained_quantized(str(folder), auto_class=planned.model_class, dtype=dtype)
+    dtype, cls = planned.out_dtype or "auto", planned.model_class
+    how = quantisation(read_config(folder))
+    if how is None:
+        return cls.from_pretrained(str(folder), dtype=dtype)
+    if how in ("bitsandbytes", "inlay"):
+        return from_pretrained_quantized(str(folder), auto_class=cls, dtype=dtype)
+    with Files() as files:
+        base = base_on_disk(folder, files)
+        values = {name: base.fetch(name) for name in base.group_of}
+    return cls.from_pretrained(None, config=base.model.config, state_dict=values, dtype=dtype)
 
 
 def _adapted(planned: StreamMerge) -> Any:
