@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,23 +78,24 @@ def merge(
     from inlay.operations.stream_merge import StreamMerge
 
     dtype = None if out_dtype is None else getattr(torch, DTYPES.get(out_dtype, out_dtype))
+    screen = console(to_stderr=as_json)
     try:
-        planned = StreamMerge(
-            folder,
-            adapters,
-            numbers,
-            dtype,
-            base_dtype=base_dtype,
-            original=None if original is None else _folder(original),
-            combine=how,
-            density=density,
-            majority_sign_method=majority,
-            seed=seed,
-        )
+        with _working(screen, "reading what there is to merge"):
+            planned = StreamMerge(
+                folder,
+                adapters,
+                numbers,
+                dtype,
+                base_dtype=base_dtype,
+                original=None if original is None else _folder(original),
+                combine=how,
+                density=density,
+                majority_sign_method=majority,
+                seed=seed,
+            )
     except (ValueError, TypeError) as error:
         raise InputError(" ".join(str(error).split())) from error
     facts = _facts(planned, out)
-    screen = console(to_stderr=as_json)
     if dry_run or out is None:
         if as_json:
             emit(facts)
@@ -102,13 +103,15 @@ def merge(
             _show(planned, facts, screen)
         return
     errors: dict[str, float] = {}
-
-    def examine(written: Path) -> None:
-        if verify:
-            errors["error"] = compared(planned, written, device, screen)
-
     try:
-        with _bar(screen, planned.size) as progress:
+        with _bar(screen, sum(shard.size - len(shard.header) for shard in planned.shards.values())) as (progress, hide):
+
+            def examine(written: Path) -> None:
+                hide()
+                if verify:
+                    with _working(screen, "comparing with the adapted model"):
+                        errors["error"] = compared(planned, written, device)
+
             planned.run(out, progress, examine)
     except (ValueError, TypeError) as error:
         raise InputError(" ".join(str(error).split())) from error
@@ -228,21 +231,31 @@ def _show_rounding(rounding: dict[str, Any], screen: Any) -> None:
 
 
 @contextmanager
-def _bar(screen: Any, total: int) -> Iterator[Any]:
-    """Bytes done, their speed and the time left, on a terminal."""
+def _working(screen: Any, what: str) -> Iterator[None]:
+    """Within, a terminal shows that something is going on."""
     if not screen.is_terminal or screen.quiet:
-        yield lambda _: None
+        yield
+        return
+    with screen.status(what):
+        yield
+
+
+@contextmanager
+def _bar(screen: Any, total: int) -> Iterator[tuple[Callable[[int], object], Callable[[], object]]]:
+    """Bytes done, their speed and the time left, on a terminal: what to call with numbers of bytes, and what takes the bar away."""
+    if not screen.is_terminal or screen.quiet:
+        yield lambda _: None, lambda: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=screen, transient=True) as progress:
         task = progress.add_task("merging", total=total)
-        yield lambda done: progress.advance(task, done)
+        yield lambda done: progress.advance(task, done), progress.stop
 
 
 # ---- --verify -------------------------------------------------------------------------------------------------------------
-def compared(planned: StreamMerge, written: Path, device: str, screen: Any) -> float:
+def compared(planned: StreamMerge, written: Path, device: str) -> float:
     """The largest difference of a logit between the adapted and the merged model, over the largest logit.
 
     Raises:
@@ -251,7 +264,6 @@ def compared(planned: StreamMerge, written: Path, device: str, screen: Any) -> f
     from inlay.training.models import choose_device
 
     where = choose_device(device)
-    screen.print("comparing with the adapted model", style="dim")
     prompts = _token_ids(written, planned.base.model.get_input_embeddings().weight.shape[0])
     wanted = _logits(_adapted(planned).to(where).eval(), prompts)
     merged = _opened(planned, written).to(where).eval()
@@ -259,9 +271,7 @@ def compared(planned: StreamMerge, written: Path, device: str, screen: Any) -> f
     if planned.rounding:
         # How much quantising again may take is not ours to say.
         return error
-    # A merged weight is rounded to the numbers of the base before it is written in those of the output.
-    number_types = (str(m.dtype).removeprefix("torch.") for m in (planned.base.model, merged))
-    number_type = max(number_types, key=lambda name: TOLERANCE.get(name, 0.0))
+    number_type = str(merged.dtype).removeprefix("torch.")
     if not error <= TOLERANCE.get(number_type, TOLERANCE["float32"]):
         raise RuntimeError(
             f"the merged model's logits are off by {error:.1e} of the largest one, more than {number_type} explains; nothing was written."
