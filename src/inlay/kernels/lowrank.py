@@ -172,7 +172,7 @@ class _LinearPlusLowRank(torch.autograd.Function):
         dx = da = db = dropped = keep = None
         a, b, rows, low = a.to(ctx.dtype), b.to(ctx.dtype), rows_of(g, g.dtype), rows_of(g, ctx.dtype)
         inner, outer = (q.to(ctx.dtype) for q in trained) if apart else (a, b)
-        at_once = a_trains and b_trains and u is None and _at_once_pays(len(rows), *outer.shape, a.shape[1])
+        at_once = a_trains and b_trains and u is None and _at_once_pays(len(rows), inner, outer)
         # gu' = scale B' g'
         gu = None if at_once else (outer.t().contiguous() @ low.t()).mul_(ctx.scale)
         if bits is not None:
@@ -198,8 +198,9 @@ class _LinearPlusLowRank(torch.autograd.Function):
         return dx, None, None, None, *((None, None) if apart else (da, db)), None, None, None, *((da, db) if apart else (None, None))
 
 
-def _at_once_pays(rows: int, out: int, rank: int, inp: int) -> bool:
+def _at_once_pays(rows: int, a: Tensor, b: Tensor) -> bool:
     """Whether the gradients of both factors are cheaper by way of that of their product: where the rank is high."""
+    (rank, inp), out = a.shape, len(b)
     return 2 * rows * rank * (out + inp) > out * inp * (rows + 2 * rank)
 
 
