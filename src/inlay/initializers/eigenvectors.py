@@ -73,12 +73,11 @@ def _in_krylov_space(w: Tensor, k: int, half: Step, other_half: Step) -> Tensor 
     m, width = w.shape[-2], k + SPARE
     drawn = torch.randn(m, width, generator=torch.Generator().manual_seed(SEED), dtype=w.dtype).to(w.device)
     basis = torch.linalg.qr(drawn).Q.expand(*w.shape[:-2], m, width)
-    image, before = half(basis), None
-    while True:
+    image, most, before = half(basis), 2 * m // (3 * width), None
+    for steps in range(1, most + 1):
         # Twice, as the first subtraction leaves what rounding takes.
         fresh, length = torch.linalg.qr(_outside(other_half(image[..., -width:]), basis))
         fresh, again = torch.linalg.qr(_outside(fresh, basis))
-        steps = basis.shape[-1] // width
         if steps > 1 and steps % 2 == 0:
             values, vectors = torch.linalg.eigh(image.mT @ image)
             residual = (again @ length @ vectors[..., -width:, -k:]).norm(dim=-2).amax(-1)
@@ -87,20 +86,21 @@ def _in_krylov_space(w: Tensor, k: int, half: Step, other_half: Step) -> Tensor 
                 return basis @ vectors[..., -k:]
             if before is not None:
                 to_go = 2 * log(TOLERANCE / off) / log(off / before) if off < before else m
-                if not 3 * (steps + to_go) * width <= 2 * m:
+                if not steps + to_go <= most:
                     return None
             before = off
         basis, image = torch.cat((basis, fresh), -1), torch.cat((image, half(fresh)), -1)
+    return None
 
 
 def _refined(w: Tensor, k: int, smallest: bool) -> Tensor | None:
     """From all eigenvectors in single precision: what the residual in double precision holds of the others is taken out, divided by how
     far their eigenvalues are. None where single precision does not tell the eigenvalues apart."""
     m, width = w.shape[-2], k + SPARE
-    largest = w.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-    low = (w / largest).float()
+    size = w.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+    low = (w / size).float()
     values, vectors = torch.linalg.eigh(low @ low.mT)
-    values = values * largest.squeeze(-1).square()
+    values = values * size.squeeze(-1).square()
     inner, outer = (slice(width), slice(width, m)) if smallest else (slice(m - width, m), slice(m - width))
     wanted = slice(k) if smallest else slice(width - k, width)
     others, far, top = vectors[..., outer], values[..., outer].unsqueeze(-1), values[..., -1]
@@ -118,11 +118,12 @@ def _refined(w: Tensor, k: int, smallest: bool) -> Tensor | None:
         if not off < before / 4:
             return None
         before = off
-        size = residual.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-        apart = near.unsqueeze(-2) - far
-        apart = torch.where(apart < 0, -1, 1) * apart.abs().clamp_min(1e-7 * top[..., None, None])
-        held = others.mT @ (residual / size).float()
-        found = found + (others @ (held / (apart / top[..., None, None]).float())) * (size / top[..., None, None])
+        # Scaled, as single precision would not hold them.
+        length, scale = residual.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny), top[..., None, None]
+        apart = (near.unsqueeze(-2) - far) / scale
+        apart = torch.where(apart < 0, -1, 1) * apart.abs().clamp_min(1e-7)
+        held = others.mT @ (residual / length).float() / apart.float()
+        found = found + others @ held * (length / scale)
 
 
 def _outside(columns: Tensor, basis: Tensor) -> Tensor:
