@@ -161,7 +161,9 @@ class PolyConfig(LowRank):
         else:
             z, a, b = meet(x.reshape(len(x), -1, x.shape[-1]), a, b)
             u = z @ a
-            if u.dtype == y.dtype:
-                return torch.baddbmm(y.view(len(x), -1, y.shape[-1]), u, b, alpha=self.scaling * p.strength).view(y.shape)
+            if u.dtype == y.dtype and y.ndim == 3:
+                # The output of a bare linear layer is nobody else's.
+                into = torch.Tensor.baddbmm_ if inner.dense is not None and not y._is_view() else torch.baddbmm
+                return into(y, u, b, alpha=self.scaling * p.strength)
             h = (u @ b).view(y.shape)
         return add(y, h, self.scaling * p.strength)

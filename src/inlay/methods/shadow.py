@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.additive import add
 from ..core.config import PeftType
 from ..core.method import Method, register
 from ..core.param import Param, kaiming_uniform, zeros
@@ -198,7 +199,7 @@ class ShadowConfig(Method):
         """What goes into the block; both ``(batch, tokens, dim)``."""
         off = F.dropout((x - state.to(x.dtype)).to(p.shadow_down.dtype), self.shadow_dropout, p.training)
         change = F.linear(F.linear(off, p.shadow_down), p.shadow_up)
-        return x + (self.shadow_alpha * p.strength * change).to(x.dtype)
+        return add(x, change, self.shadow_alpha * p.strength)
 
     def moved_on(self, p: Adapter, y: Tensor, state: Tensor) -> Tensor:
         """The shadow's state behind the block that made ``y``."""
