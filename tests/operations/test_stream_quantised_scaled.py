@@ -65,7 +65,7 @@ def fp8(block: tuple[int, int], scales: torch.dtype = torch.float32) -> Any:
 
 @pytest.mark.parametrize(
     ("block", "scales"),
-    [((32, 32), torch.float32), ((48, 40), torch.float32), ((1000, 1000), torch.float32), ((32, 32), torch.uint8)],
+    [((32, 32), torch.float32), ((48, 40), torch.float32), ((1000, 1000), torch.float32), ((32, 32), torch.uint8), ((32, 32), torch.float8_e8m0fnu)],
 )
 def test_fp8(block: tuple[int, int], scales: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = block == (1000, 1000)
@@ -76,7 +76,7 @@ def test_fp8(block: tuple[int, int], scales: torch.dtype, tmp_path: Path, monkey
     for key, w in wanted.items():
         codes, scale, meaning = by_blocks(w, block, scales != torch.float32)
         kept = found[f"{key}_scale_inv"]
-        kept = (kept.float() - 127).exp2() if scales == torch.uint8 else kept
+        kept = (kept.float() - 127).exp2() if scales == torch.uint8 else kept.float()
         torch.testing.assert_close(kept.view(scale.shape), scale, rtol=1e-6, atol=0)
         assert (found[key].float() != codes.float()).float().mean() < 0.001
         error = ((meaning - w).norm() / w.norm()).item()
@@ -95,6 +95,19 @@ def test_fp8_as_transformers_reads_it(tmp_path: Path) -> None:
     assert [k for k in expected if not torch.equal(theirs[k], expected[k])] == []
     merged = load(again).state_dict()
     assert [k for k in expected if not torch.equal(merged[k], expected[k])] == [k for k in expected if "q_proj" in k]
+
+
+def test_codes_and_scales_keep_their_dtypes(tmp_path: Path) -> None:
+    """Another dtype is for what is not quantised."""
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+    base, dense = quantised_by(fp8((32, 32)), config, tmp_path, wide, torch.bfloat16)
+    folder = adapter(dense, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
+    expected = tensors(StreamMerge(base, [folder], base_dtype="requantized").run(tmp_path / "as-it-is"))
+    found = tensors(StreamMerge(base, [folder], out_dtype=torch.float32, base_dtype="requantized").run(tmp_path / "other"))
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        assert torch.equal(tensor.float(), expected[key].float())
+        assert tensor.dtype == (torch.float32 if "proj.weight" not in key else expected[key].dtype)
 
 
 def test_fp8_experts_one_by_one(tmp_path: Path) -> None:

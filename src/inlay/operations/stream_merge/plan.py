@@ -163,6 +163,8 @@ class Plan:
         self.following, self.untied = self._ties()
         self.units = self._units()
         self.sources: dict[str, Entry] = {}
+        # Tensors that stand for others only in the dtype that they have.
+        self.in_codes: set[str] = set()
         self.shards, self.where = self._layout()
         self.size = sum(shard.size for shard in self.shards.values())
         self.changes = list(self._changes())
@@ -464,7 +466,9 @@ class Plan:
             if not (isinstance(entry, Packed) and self.keeps(entry)):
                 entries.append(entry)
             else:
-                entries += entry.written() if key in changed else entry.parts.values()
+                parts = entry.written() if key in changed else list(entry.parts.values())
+                self.in_codes |= {e.key for e in parts}
+                entries += parts
         self.sources = {e.key: e for e in sorted(entries, key=lambda e: (e.file.name, e.start))}
         for key, entry in self.sources.items():
             if key not in other and not self.casts(key):
@@ -489,6 +493,8 @@ class Plan:
     def casts(self, key: str) -> bool:
         """Whether a tensor of the output that no adapter touches has other bytes than in the base."""
         entry = self.sources[key]
+        if key in self.in_codes:
+            return False
         return isinstance(entry, Packed) or (entry.dtype in DTYPES and self.dtype(DTYPES[entry.dtype]) != DTYPES[entry.dtype])
 
     def _changes(self) -> Iterator[Change]:
