@@ -114,9 +114,6 @@ def add_few(y: Tensor, x: Tensor, where: Few, factors: Stack) -> Tensor:
     """
     a, b, scale = factors
     into = y.view(-1, y.shape[-1])
-    if where.each is not None and where.order is None and y.dtype == a.dtype:
-        _add_even(into, x.to(a.dtype), where.each, factors)
-        return y
     u = torch.bmm(x[where.padded].to(a.dtype), a)
     if isinstance(scale, Tensor):
         u, scale = u * scale, 1.0
@@ -125,29 +122,23 @@ def add_few(y: Tensor, x: Tensor, where: Few, factors: Stack) -> Tensor:
     return y
 
 
-def _add_even(y: Tensor, x: Tensor, each: int, factors: Stack) -> None:
-    """To tokens that stand in the adapters' order, as many for each, and perhaps others behind them."""
-    a, b, scale = factors
-    count, inp, out = a.shape[0], a.shape[1], b.shape[2]
-    if y.shape[0] > count * each:
-        y, x = y[: count * each], x[: count * each]
-    u = torch.bmm(x.view(count, each, inp), a)
-    if isinstance(scale, Tensor):
-        u, scale = u * scale, 1.0
-    y.view(count, each, out).baddbmm_(u, b, alpha=scale)
-
-
 def linear_plus_few(x: Tensor, w: Tensor, bias: Tensor | None, where: Few, factors: Stack) -> Tensor:
     """A linear layer with what `add_few` adds, where each adapter has as many tokens: they go through it in the adapters' order.
 
     Args:
         x: ``(tokens, in)``. w: ``(out, in)``. bias: ``(out,)`` or None. All are of one dtype.
     """
-    assert where.each is not None
+    (a, b, scale), each = factors, where.each
+    assert each is not None
+    count, inp, out = a.shape[0], a.shape[1], b.shape[2]
+    tokens = count * each
     if where.order is not None:
         x = x.index_select(0, where.order)
     y = F.linear(x, w, bias)
-    _add_even(y, x, where.each, factors)
+    u = torch.bmm(x[:tokens].view(count, each, inp), a)
+    if isinstance(scale, Tensor):
+        u, scale = u * scale, 1.0
+    y[:tokens].view(count, each, out).baddbmm_(u, b, alpha=scale)
     return y if where.back is None else y.index_select(0, where.back)
 
 
