@@ -59,3 +59,30 @@ def test_training_on_four_bits_under_fsdp2_equals_that_of_one_process(backend, t
     loaded = inlay.PeftModel.from_pretrained(worker.quantised(backend).unload(), Path(tmp_path) / "adapter")
     x = worker.wide_batch(5)
     torch.testing.assert_close(loaded(x), alone(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """Where two processes left what adapters do on a model that is split between them."""
+    folder = tmp_path_factory.mktemp("split")
+    worker.llama(folder)
+    launch("split", folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", worker.SPLIT)
+def test_a_model_that_is_split_over_devices_computes_what_a_whole_one_does(case, split, tmp_path):
+    """Tensor parallelism as transformers has it. Adapters are whole on each device, with the same gradients."""
+    from transformers import AutoModelForCausalLM
+
+    expected = worker.used(AutoModelForCausalLM.from_pretrained(split / "base"), case, tmp_path)
+    first, second = (torch.load(split / f"{case} on {rank}.pt") for rank in (0, 1))
+    assert first.keys() == expected.keys()
+    assert sum(name.startswith("gradient") for name in expected) > 2
+    for name, value in expected.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        assert torch.equal(first[name], second[name]), name
+    written, alone = (inlay.load_peft_weights(str(folder)) for folder in (split / case, tmp_path))
+    assert written.keys() == alone.keys()
+    for key, value in alone.items():
+        torch.testing.assert_close(written[key], value)

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -108,11 +109,72 @@ def fsdp2_quantised(folder: Path, rank: int, backend: str) -> None:
         torch.save({"trained": found, "sizes": sizes, "kind": type(base[0].weight).__name__}, folder / "found.pt")
 
 
+SPLIT: dict[str, dict[str, Any]] = {
+    "LORA": {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, "modules_to_save": ["lm_head"], "bias": "all"},
+    "LORA-dora": {"r": 4, "target_modules": ["q_proj", "o_proj", "down_proj"], "init_lora_weights": False, "use_dora": True},
+    "LORA-embedding": {"r": 4, "target_modules": ["embed_tokens", "k_proj"], "init_lora_weights": False},
+    "IA3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"], "init_ia3_weights": False},
+    "OFT": {"oft_block_size": 4, "target_modules": "all-linear", "init_weights": False},
+    "VERA": {"r": 8, "target_modules": "all-linear", "init_weights": False},
+    "LN_TUNING": {"target_modules": ["norm", "input_layernorm"]},
+}
+
+
+def llama(folder: Path) -> Path:
+    """A Llama on disk, with biases, whose heads can be split between two devices."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(7)
+    made = LlamaForCausalLM(LlamaConfig(vocab_size=64, attention_bias=True, mlp_bias=True, **sizes))
+    for name, q in made.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(q, std=0.1)
+    made.save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def used(base: Any, case: str, folder: Path) -> dict[str, torch.Tensor]:
+    """What an adapter does, learns, writes and merges to on a model."""
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        plain = base(ids).logits
+    config = inlay.get_peft_config({"peft_type": case.partition("-")[0], "task_type": "CAUSAL_LM", **SPLIT[case]})
+    tuned: Any = inlay.get_peft_model(base, config)
+    output = tuned(input_ids=ids, labels=ids)
+    output.loss.backward()
+    found = {f"gradient of {n}": q.grad.clone() for n, q in tuned.named_parameters() if q.grad is not None}
+    found["logits"] = output.logits.detach()
+    with torch.no_grad():
+        found["without gradients"] = tuned(input_ids=ids).logits
+        found["of rows"] = tuned(input_ids=ids, adapter_names=["default", "__base__"]).logits
+        found["generated"] = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        tuned.merge_adapter()
+        found["merged"] = tuned(input_ids=ids).logits
+        tuned.unmerge_adapter()
+        with tuned.disable_adapter():
+            torch.testing.assert_close(tuned(input_ids=ids).logits, plain)
+    tuned.save_pretrained(folder, is_main_process=int(os.environ.get("RANK", 0)) == 0)
+    with torch.no_grad():
+        assert torch.equal(tuned.unload()(ids).logits, plain)
+    return found
+
+
+def split(folder: Path, rank: int) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    for case in SPLIT:
+        base = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=DistributedConfig(tp_size=2))
+        assert base.model.layers[0].self_attn.q_proj.weight.to_local().shape == (16, 32)
+        torch.save(used(base, case, folder / case), folder / f"{case} on {rank}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     name, _, backend = sys.argv[1].partition(" ")
-    scenario = {"ddp": ddp, "fsdp2": fsdp2, "quantised": fsdp2_quantised}[name]
+    scenario = {"ddp": ddp, "fsdp2": fsdp2, "quantised": fsdp2_quantised, "split": split}[name]
     scenario(Path(sys.argv[2]), int(os.environ["RANK"]), *([backend] if backend else []))
     dist.barrier()
     dist.destroy_process_group()

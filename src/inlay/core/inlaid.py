@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
+from .parallel import on_whole_tensors, split
 from .place import host_class, read_now
 from .retrained import AnyPlace, Retrained
 from .rows import by_rows
@@ -125,10 +126,13 @@ def inlay(module: nn.Module, place: AnyPlace) -> None:
 
 
 def _take_over_hook(module: nn.Module) -> None:
-    """A forward that someone put on the instance goes on to run: around ours (accelerate's hooks) or inside it."""
+    """A forward that someone put on the instance goes on to run: around ours (accelerate's hooks, tensor parallelism) or inside it."""
     own = vars(module)
     if "_old_forward" in own:
         own["_old_forward"] = types.MethodType(Inlaid.forward, module)
+    elif "forward" in own and split(own["forward"]):
+        own["_split_forward"] = own["forward"]
+        own["_host_forward"], own["forward"] = on_whole_tensors(module, own["forward"], types.MethodType(Inlaid.forward, module))
     elif "forward" in own:
         own["_host_forward"] = own.pop("forward")
 
@@ -150,18 +154,20 @@ def lift(module: nn.Module, name: str) -> None:
         own["_old_forward"] = types.MethodType(host.forward, module)
     if "_host_forward" in own:
         own["forward"] = own.pop("_host_forward")
+    if "_split_forward" in own:
+        own["forward"] = own.pop("_split_forward")
 
 
 def bare(module: nn.Module) -> nn.Module:
     """An adapted layer as it is without adapters: a second module of the host's class over the same tensors."""
     host = host_class(module)
     twin = object.__new__(host)
-    own = {k: v for k, v in vars(module).items() if k not in ("_inlay", "_host_forward")}
+    own = {k: v for k, v in vars(module).items() if k not in ("_inlay", "_host_forward", "_split_forward")}
     twin.__dict__ = own | {"_modules": {n: m for n, m in module._modules.items() if n != "adapters"}}
     if "_old_forward" in own:
         twin.__dict__["_old_forward"] = types.MethodType(host.forward, twin)
     if "_host_forward" in vars(module):
-        twin.__dict__["forward"] = vars(module)["_host_forward"]
+        twin.__dict__["forward"] = vars(module).get("_split_forward", vars(module)["_host_forward"])
     return twin
 
 

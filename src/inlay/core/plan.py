@@ -19,6 +19,7 @@ from .config import PeftConfig, nearest
 from .inlaid import Inlaid
 from .inner import Inner
 from .method import METHODS, Method
+from .parallel import unwrap, whole_parameters
 from .param import Param
 from .site import Read, Site
 from .targets import NO_TARGETS, Target, base_modules, find_targets, resolved_targets, site_at, tied_paths
@@ -265,7 +266,7 @@ def pristine_copy(module: nn.Module, device: torch.device | None = None) -> nn.M
     adapted = next((n for n, m in own if isinstance(m, Inlaid) and m is not module), None)
     if adapted is not None:
         raise ValueError(f"modules_to_save would copy {adapted!r}, which has adapters itself; load them in one configuration.")
-    memo: dict[int, object] = {}
+    memo: dict[int, object] = {**whole_parameters(module)}
     if isinstance(module, Inlaid):
         memo[id(module._inlay)] = {}
         memo[id(module._modules["adapters"])] = nn.ModuleDict()
@@ -277,6 +278,7 @@ def pristine_copy(module: nn.Module, device: torch.device | None = None) -> nn.M
     if isinstance(copied, Inlaid):
         copied.__class__ = type(module)._host  # type: ignore[attr-defined]
         del copied.__dict__["_inlay"], copied._modules["adapters"]
+    unwrap(copied)
     return copied
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .parallel import placed_like
 from .place import Place
 from .rows import by_rows
 from .session import Session
@@ -76,12 +77,12 @@ class Retrained:
             own = self.module.get_submodule(path)
             for key, value in [*part._parameters.items(), *part._buffers.items()]:
                 is_param = key in part._parameters
-                table = own._parameters if is_param else own._buffers
+                table: Any = own._parameters if is_param else own._buffers
                 old = table[key]
                 kept[path, key, is_param] = old
                 if value is None or old is None:
                     continue
-                data = value.detach().to(old.dtype, copy=True)
+                data = placed_like(old, value)
                 table[key] = nn.Parameter(data, requires_grad=False) if is_param else data
         if first:
             self.kept = kept

@@ -136,8 +136,11 @@ class Site:
 
     def bias(self) -> Tensor | None:
         """The host's own bias, also while adapters are merged."""
-        if self.kept is not None:
-            return self.kept[1]
+        stored = self._stored_bias if self.kept is None else self.kept[1]
+        return None if stored is None else self.store.bias(stored)
+
+    @property
+    def _stored_bias(self) -> Tensor | None:
         return self._bias_table.get(self.bias_name) if self.bias_name else None
 
     @property
@@ -153,7 +156,7 @@ class Site:
         if self.original is not None:
             return self.matrix(self.original), self.bias()
         if self.kept is not None:
-            return self.matrix(self.store.read_tensor(self.kept[0])), self.kept[1]
+            return self.matrix(self.store.read_tensor(self.kept[0])), self.bias()
         return self.matrix(self.store.read(self.module, self.name)), self.bias()
 
     def replace(self, weight: Tensor, bias: Tensor | None, fresh: bool = False) -> None:
@@ -171,15 +174,15 @@ class Site:
         if why:
             raise TypeError(why)
         if self.kept is None:
-            self.kept = self.store.held(self.module, self.name), self.bias()
+            self.kept = self.store.held(self.module, self.name), self._stored_bias
         raw = self.raw(weight)
         if fresh and self.store is DENSE and alike(raw, self.kept[0]):
             self.store.put(self.module, self.name, nn.Parameter(raw.detach(), requires_grad=self.kept[0].requires_grad))
         else:
             self.store.write(self.module, self.name, raw)
         if self.bias_name and bias is not self.kept[1]:
-            table = self._bias_table
-            new = None if bias is None else bias.detach().to(self.dtype)
+            table, old = self._bias_table, self.kept[1]
+            new = None if bias is None else bias.detach().to(self.dtype) if old is None else self.store.like(old, bias.to(self.dtype))
             table[self.bias_name] = new if new is None or table is not self.module._parameters else nn.Parameter(new, requires_grad=False)
 
     def restore(self) -> None:

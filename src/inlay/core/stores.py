@@ -66,6 +66,10 @@ class Store:
         """What `held` gave, also while it is not in its host, in floating point."""
         return stored
 
+    def bias(self, stored: Tensor) -> Tensor:
+        """The bias, as it is stored, in the form of what `read` gives."""
+        return stored
+
     def held(self, module: nn.Module, name: str) -> Any:
         """All that makes up the stored weight, to be put back by `put`: the very same tensors."""
         return self.tensor(module, name)
@@ -87,11 +91,15 @@ class Store:
             weight: of the raw shape, in any floating dtype; it is rounded once.
         """
         old = self.tensor(module, name)
-        new = torch.empty_like(old, requires_grad=False).copy_(weight.detach())
+        new = self.like(old, weight)
         if name in module._parameters:
             module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
         else:
             setattr(module, name, new)
+
+    def like(self, old: Tensor, new: Tensor) -> Tensor:
+        """New values in the dtype and the memory layout of old ones."""
+        return torch.empty_like(old, requires_grad=False).copy_(new.detach())
 
     # ---- on hosts that are not dense ------------------------------------------------------------------------------------
     def adopt(self, module: nn.Module) -> None:
