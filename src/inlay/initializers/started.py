@@ -96,8 +96,11 @@ class Started(LowRank):
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         if self._plain:
-            a, b = self.names(p.site)
-            return getattr(p, a), getattr(p, b)
+            first, last = self.names(p.site)
+            # Looked up where parameters are, which is quicker than by attribute: it is done for each token.
+            a, b = p._parameters.get(first), p._parameters.get(last)
+            if a is not None and b is not None:
+                return a, b
         return self.cut(*self.whole(p))
 
     def trained(self, p: Adapter) -> tuple[Tensor, Tensor] | None:
@@ -172,6 +175,16 @@ class Started(LowRank):
         if self.init is False:
             return f"{self.init_option}=False starts from random factors, for tests"
         return "LoftQ starts from the quantised weight, as near to the base as the rank allows" if self.start_name == "loftq" else ""
+
+    @property
+    def heavy(self) -> str:
+        from . import STARTS
+
+        starter = STARTS.get(self.start_name)
+        rounds = self.start_name == "loftq" and self.loftq_config.get("loftq_iter", 1) > 1
+        if (starter is None or starter.from_data) and not rounds:
+            return ""
+        return f"its start ({self.init_option}={self.init!r}) is made again, from a decomposition of the whole weight"
 
     def acting(self) -> Method:
         """The variant under the mathematics of its start."""

@@ -93,6 +93,10 @@ class FrodConfig(Spread):
     def default_targets(self) -> dict[str, list[str] | str]:
         return super().default_targets() | {"phi": ["q_proj", "v_proj"]}
 
+    @property
+    def heavy(self) -> str:
+        return "U is as large as the weight, and is found from the weight and a basis of its columns in double precision"
+
     # -- the bank --
     def shared(self, sites: Mapping[str, Site]) -> nn.Module:
         kinds: dict[str, str] = {}
