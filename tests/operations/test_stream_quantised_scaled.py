@@ -65,7 +65,13 @@ def fp8(block: tuple[int, int], scales: torch.dtype = torch.float32) -> Any:
 
 @pytest.mark.parametrize(
     ("block", "scales"),
-    [((32, 32), torch.float32), ((48, 40), torch.float32), ((1000, 1000), torch.float32), ((32, 32), torch.uint8), ((32, 32), torch.float8_e8m0fnu)],
+    [
+        ((32, 32), torch.float32),
+        ((48, 40), torch.float32),
+        ((1000, 1000), torch.float32),
+        ((32, 32), torch.uint8),
+        ((32, 32), torch.float8_e8m0fnu),
+    ],
 )
 def test_fp8(block: tuple[int, int], scales: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = block == (1000, 1000)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..core.stores import store
+from ..kernels.scaled import spread, to_float8
 from .frozen import Quantised
 
 
@@ -18,11 +18,6 @@ class Scaled(NamedTuple):
     # (rows, columns) of a block that has one scale.
     block: tuple[int, int]
     dtype: torch.dtype
-
-
-def spread(scale: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
-    """The scale of each number."""
-    return scale.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
 
 
 @store("transformers.integrations.finegrained_fp8.FP8Linear")
@@ -66,13 +61,8 @@ class Float8(Quantised):
 
     @torch.no_grad()
     def write(self, module: nn.Module, name: str, weight: Tensor) -> None:
-        old, (rows, columns) = self.held(module, name), self.block(module)
-        weight = weight.detach().to(old.codes.device, torch.float32)
-        padded = F.pad(weight, (0, -weight.shape[1] % columns, 0, -weight.shape[0] % rows))
-        blocks = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
-        most = torch.finfo(old.codes.dtype).max
-        scale = blocks.abs().amax((1, 3)).clamp(min=1e-12) / most
-        codes = (weight / spread(scale, old.block, weight.shape)).clamp(-most, most).to(old.codes.dtype)
+        old = self.held(module, name)
+        codes, scale = to_float8(weight.detach().to(old.codes.device, torch.float32), old.block, old.codes.dtype)
         made = nn.Parameter(codes, requires_grad=False), nn.Parameter(scale.reshape(old.scale.shape), requires_grad=False)
         self.put(module, name, Scaled(*made, old.block, old.dtype))
 
