@@ -149,7 +149,8 @@ class PeftModel(nn.Module):
 
         Args:
             adapter_names: for each row of the batch the adapter that acts on it, or several in their order; ``"__base__"`` for
-                none.
+                none. Without gradients, calls that hand on one ``past_key_values`` keep the adapters' factors side by side between
+                them. A change of an adapter in the middle counts at once, unless it is written behind autograd's back, into ``.data``.
         """
         if len(args) > 1:
             kwargs |= dict(zip(self.positional, args, strict=False))
