@@ -389,6 +389,11 @@ PIECEWISE: dict[str, tuple[str, dict[str, Any]]] = {
     "VERA": ("VERA", {"r": 8}),
     "IA3": ("IA3", {"feedforward_modules": []}),
     "FOURIERFT": ("FOURIERFT", {"n_frequency": 50}),
+    "WAVEFT": ("WAVEFT", {"n_frequency": 50}),
+    "C3A": ("C3A", {"block_size": 8}),
+    "ROAD": ("ROAD", {"group_size": 4}),
+    "DEFT": ("DEFT", {}),
+    "BAT": ("MISS", {"r": 4, "init_weights": "bat"}),
 }
 
 
