@@ -120,10 +120,12 @@ def merged(model: Any, example: dict[str, Tensor]) -> Tensor:
         model.unmerge_adapter()
 
 
-def train(model: nn.Module, example: dict[str, Tensor], steps: int = 5, rate: float = 0.05) -> list[float]:
-    """Steps of plain gradient descent, which hides no factor as an adaptive optimiser would."""
+def train(
+    model: nn.Module, example: dict[str, Tensor], steps: int = 5, rate: float = 0.05, optimizer: torch.optim.Optimizer | None = None
+) -> list[float]:
+    """Steps, of plain gradient descent if nothing else is said: it hides no factor as an adaptive optimiser would."""
     model.train()
-    optimizer = torch.optim.SGD([q for q in model.parameters() if q.requires_grad], lr=rate)
+    optimizer = optimizer or torch.optim.SGD([q for q in model.parameters() if q.requires_grad], lr=rate)
     losses = []
     for _ in range(steps):
         found = model(**example)

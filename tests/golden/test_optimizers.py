@@ -18,29 +18,11 @@ import inlay
 from inlay import optimizers
 
 from .models import MODELS
-from .support import close, outputs
+from .support import close, outputs, train
 
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj", "embed_tokens"]}
 LINEAR = LORA | {"target_modules": ["q_proj", "down_proj"]}
 Make = Callable[[Any, Any], torch.optim.Optimizer]
-
-
-def steps(model: Any, optimizer: torch.optim.Optimizer, example: dict[str, torch.Tensor]) -> list[float]:
-    model.train()
-    losses = []
-    for _ in range(5):
-        y = outputs_in_training(model, example)
-        loss = (y - torch.linspace(-1, 1, y.shape[-1])).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def outputs_in_training(model: nn.Module, example: dict[str, torch.Tensor]) -> torch.Tensor:
-    found = model(**example)
-    return found if isinstance(found, torch.Tensor) else found[0]
 
 
 def beside(make: Make, folder: Path, options: dict[str, Any], name: str = "llama", tolerance: float = 1e-5) -> None:
@@ -52,8 +34,8 @@ def beside(make: Make, folder: Path, options: dict[str, Any], name: str = "llama
     theirs.save_pretrained(folder)
     ours = inlay.PeftModel.from_pretrained(build(), folder, is_trainable=True)
     start = outputs(ours, example())
-    its = steps(theirs, make(theirs_module, theirs), example())
-    mine = steps(ours, make(optimizers, ours), example())
+    its = train(theirs, example(), optimizer=make(theirs_module, theirs))
+    mine = train(ours, example(), optimizer=make(optimizers, ours))
     assert mine == pytest.approx(its, rel=tolerance)
     torch.testing.assert_close(outputs(ours, example()), outputs(theirs, example()), rtol=10 * tolerance, atol=10 * tolerance)
     assert not torch.allclose(outputs(ours, example()), start, atol=1e-3)

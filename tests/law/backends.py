@@ -49,7 +49,7 @@ Make = Callable[[nn.Linear], nn.Module]
 BACKENDS: dict[str, Make] = {
     "bitsandbytes-nf4": lambda d: bitsandbytes4(d, quant_type="nf4"),
     "bitsandbytes-int8": bitsandbytes8,
-    "torchao-int8": lambda d: torchao(d, "Int8WeightOnlyConfig"),
+    "torchao-int8": lambda d: torchao(d, "Int8WeightOnlyConfig", version=2),
 }
 # Their further settings.
 SETTINGS: dict[str, Make] = {
@@ -58,7 +58,7 @@ SETTINGS: dict[str, Make] = {
     "bitsandbytes-nf4-in-bfloat16": lambda d: bitsandbytes4(d, quant_type="nf4", quant_storage=torch.bfloat16),
     "torchao-float8": lambda d: torchao(d, "Float8WeightOnlyConfig"),
     "torchao-int4": lambda d: torchao(d, "IntxWeightOnlyConfig", weight_dtype=torch.int4),
-    "torchao-int8-dynamic": lambda d: torchao(d, "Int8DynamicActivationInt8WeightConfig"),
+    "torchao-int8-dynamic": lambda d: torchao(d, "Int8DynamicActivationInt8WeightConfig", version=2),
 }
 if find_spec("hqq"):
     BACKENDS["hqq-int4"] = hqq

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inlay import LoraConfig
 from inlay.core.adapter import Adapter
 from inlay.core.attach import attach
-from inlay.core.inlaid import places
+from inlay.core.inlaid import places, session_of
 from inlay.core.method import Method
 from inlay.core.place import Place
+from inlay.core.session import BASE
 from inlay.core.targets import explain_targets
 
 from .cases import CASES, METHOD_CASES, SELECTED
@@ -86,6 +88,24 @@ def jitter(model: nn.Module, name: str, by: float = 0.1) -> None:
     for p in adapters(model, name):
         for q in p.parameters():
             q.data += by * torch.randn(q.shape, generator=generator).to(q)
+
+
+ROWS = ["b", BASE, "a", "b"]
+
+
+def of_each_row(model: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """With two LoRAs on the host: what each of them, and the base, gives for a batch alone, and what its rows get by `ROWS`."""
+    for name in "ab":
+        attach(model, LoraConfig(target_modules=["host"], r=4, seed=ord(name)), name)
+        jitter(model, name)
+    session = session_of(model.eval())
+    assert session is not None
+    alone = {}
+    for name in ("a", "b", BASE):
+        with session.local(() if name == BASE else (name,)):
+            alone[name] = model(x)
+    with session.local(rows=ROWS):
+        return alone, model(x)
 
 
 def adapter_places(model: nn.Module) -> list[Place]:

@@ -14,13 +14,12 @@ from inlay import LoraConfig
 from inlay.core.attach import attach
 from inlay.core.inlaid import session_of
 from inlay.core.place import Place
-from inlay.core.session import BASE
 from inlay.core.targets import explain_targets
 
 from .backends import BACKENDS, SETTINGS, loss, state
 from .cases import METHOD_CASES
 from .layouts import Model
-from .support import BY_NAME, acting, adapter_places, adapters, config_of, differs, jitter
+from .support import BY_NAME, ROWS, acting, adapter_places, adapters, config_of, differs, jitter, of_each_row
 
 LINEAR = sorted({case for case, _ in acting("linear")})
 ALL = BACKENDS | SETTINGS
@@ -152,19 +151,9 @@ def test_no_restored_weight_is_kept(case: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", ALL)
 def test_mixed_batches_and_switching(backend: str) -> None:
     model = quantised(backend)
-    for name in "ab":
-        attach(model, LoraConfig(target_modules=["host"], r=4, seed=ord(name)), name)
-        jitter(model, name)
-    session = session_of(model.eval())
-    assert session is not None
     x = torch.randn(4, 128)
-    alone = {}
-    for name in ("a", "b", BASE):
-        with session.local(() if name == BASE else (name,)):
-            alone[name] = model(x)
-    with session.local(rows=["b", BASE, "a", "b"]):
-        together = model(x)
-    close(together, torch.stack([alone[n][i] for i, n in enumerate(["b", BASE, "a", "b"])]), exactness(backend))
+    alone, together = of_each_row(model, x)
+    close(together, torch.stack([alone[n][i] for i, n in enumerate(ROWS)]), exactness(backend))
     assert differs(alone["a"], alone["b"])
 
 

@@ -57,7 +57,7 @@ X = torch.linspace(-1, 1, 48).view(2, 3, 8)
         ("UniLoraConfig", {"theta_d_length": 0}, "`theta_d_length` should be a positive integer"),
         ("UniLoraConfig", {"init_theta_d_bound": 0.0}, "`init_theta_d_bound` should be positive"),
         ("TinyLoraConfig", {"weight_tying": 1.5}, "`weight_tying` should be a number from 0"),
-        ("TinyLoraConfig", {"init_weights": "normal"}, "'uniform', not 'normal'"),
+        ("TinyLoraConfig", {"init_weights": "normal"}, "Known: True, False, uniform"),
         ("LilyConfig", {"num_B": 1}, "`num_B` should be at least 2"),
         ("LilyConfig", {"stride_A": 0}, "`stride_A` should be a positive integer"),
         ("FrodConfig", {"sparse_rate": 2.0}, "`sparse_rate` should be a number from 0 to 1"),

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from inlay import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from inlay.core.attach import attach
 from inlay.core.inlaid import session_of
-from inlay.core.session import BASE
 from inlay.core.targets import explain_targets
 
 from .backends import state
 from .cases import METHOD_CASES
 from .layouts import Layout, Model, ids
-from .support import acting, adapter_places, adapters, close, config_of, differs, jitter
+from .support import ROWS, acting, adapter_places, adapters, close, config_of, differs, jitter, of_each_row
 
 TOKENS = 24
 DIMS = {"embedding-nf4": 64, "embedding-fp4": 64, "embedding-nf4-ragged": 40, "embedding-int8": 64, "embedding-int8-bfloat16": 64}
@@ -109,20 +108,12 @@ def test_forward_gradients_merge_and_restore(case: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", DIMS)
 def test_mixed_batches_and_copies(kind: str) -> None:
     host = model(kind)
-    for name in "ab":
-        attach(host, LoraConfig(target_modules=["host"], r=4, seed=ord(name)), name)
-        jitter(host, name)
-    session = session_of(host.eval())
-    assert session is not None
     x = torch.randint(0, TOKENS, (4, 5))
-    alone = {}
-    for name in ("a", "b", BASE):
-        with session.local(() if name == BASE else (name,)):
-            alone[name] = host(x)
-    with session.local(rows=["b", BASE, "a", "b"]):
-        together = host(x)
+    alone, together = of_each_row(host, x)
+    session = session_of(host)
+    assert session is not None
     tolerance = 2e-2 if kind.endswith("bfloat16") else 1e-5
-    close(together, torch.stack([alone[n][i] for i, n in enumerate(["b", BASE, "a", "b"])]), tolerance)
+    close(together, torch.stack([alone[n][i] for i, n in enumerate(ROWS)]), tolerance)
     assert differs(alone["a"], alone["b"])
     assert together.dtype == (torch.bfloat16 if kind.endswith("bfloat16") else torch.float32)
     other = copy.deepcopy(host)

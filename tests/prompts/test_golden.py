@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import inlay
+
+from .support import assert_same, outputs, settings
 
 NAMES = ["llama", "gpt2", "t5", "bart", "bert-sequence", "bert-token", "bert-question", "bert-feature", "llama-sequence"]
 GENERATIONS = {
@@ -44,25 +43,6 @@ def batch(task, ids, mask):
     if task in ("SEQ_CLS", "TOKEN_CLS"):
         inputs["token_type_ids"] = (ids % 2).long()
     return inputs
-
-
-def outputs(model, inputs):
-    with torch.no_grad():
-        return {k: v for k, v in model(**inputs).items() if isinstance(v, torch.Tensor)}
-
-
-def assert_same(ours, theirs, tolerance=1e-5):
-    assert set(ours) == set(theirs)
-    for name, tensor in theirs.items():
-        assert ours[name].shape == tensor.shape, name
-        assert (ours[name] - tensor).abs().max() < tolerance, name
-
-
-def settings(folder):
-    """A configuration's file. HF writes the heads of a task once for each time that it adds them, and no name in two ways."""
-    plain = json.loads((Path(folder) / "adapter_config.json").read_text())
-    heads, name = sorted(set(plain["modules_to_save"] or ())), plain["base_model_name_or_path"] or None
-    return plain | {"modules_to_save": heads, "base_model_name_or_path": name}
 
 
 @pytest.fixture(params=NAMES)

@@ -3,15 +3,14 @@ generations and training steps."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import inlay
+
+from .support import assert_same, outputs, settings
 
 CAUSAL = ["llama", "gpt2"]
 ALL = [*CAUSAL, "t5", "bart", "bert-sequence", "bert-token", "bert-question", "bert-feature", "llama-sequence"]
@@ -66,25 +65,6 @@ def batch(case, task, ids, mask):
         # HF writes into this one.
         inputs["input_type_mask"] = torch.tensor([[1, 2, 3, 4, 5, 8, 8]]).repeat(3, 1)
     return inputs
-
-
-def outputs(model, inputs):
-    with torch.no_grad():
-        inputs = {k: v.clone() for k, v in inputs.items()}
-        return {k: v for k, v in model(**inputs).items() if isinstance(v, torch.Tensor)}
-
-
-def assert_same(ours, theirs, tolerance=1e-5):
-    assert set(ours) == set(theirs)
-    for name, tensor in theirs.items():
-        assert ours[name].shape == tensor.shape, name
-        assert (ours[name] - tensor).abs().max() < tolerance, name
-
-
-def settings(folder):
-    plain = json.loads((Path(folder) / "adapter_config.json").read_text())
-    heads, name = sorted(set(plain["modules_to_save"] or ())), plain["base_model_name_or_path"] or None
-    return plain | {"modules_to_save": heads, "base_model_name_or_path": name}
 
 
 @pytest.mark.parametrize(("case", "name"), PAIRS)

@@ -149,12 +149,13 @@ class PeftConfig:
 
     def _check(self, name: str, value: Any, said: Mapping[str, Any]) -> None:
         """By what its field's metadata say: ``positive`` (an integer, if set), ``share`` (in [0, 1)), ``known`` (the names there are)."""
-        if said.get("positive") and value is not None and not (type(value) is int and value > 0):
-            raise ValueError(f"`{name}` should be a positive integer, not {value!r}.")
         if said.get("share") and not 0 <= value < 1:
             raise ValueError(f"`{name}` is a share in [0, 1), not {value!r}.")
+        if said.get("positive") and value is not None and not (type(value) is int and value > 0):
+            raise ValueError(f"`{name}` should be a positive integer, not {value!r}.")
         if "known" in said and value not in said["known"]:
-            raise ValueError(f"Unknown {name}={value!r}.{nearest(str(value), said['known'])} Known: {', '.join(said['known'])}.")
+            known = [str(one) for one in said["known"]]
+            raise ValueError(f"Unknown {name}={value!r}.{nearest(str(value), known)} Known: {', '.join(known)}.")
 
     @property
     def is_prompt_learning(self) -> bool:

@@ -62,7 +62,7 @@ class TinyLoraConfig(LowRank):
     init_v_bound: float = field(default=0.02, metadata={"help": "Bound of the vector's first values."})
     tinylora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs the update leaves out in training.", "share": True})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Ignored: a layer's layout is known from its type."})
-    init_weights: bool | str = field(default=True, metadata={"help": "True: start from the base; uniform: from random numbers."})
+    init_weights: bool | str = field(default=True, metadata={"help": "uniform: start from noise.", "known": (True, False, "uniform")})
 
     prefix: ClassVar[str] = "tinylora_"
     dropout_option: ClassVar[str] = "tinylora_dropout"
@@ -80,8 +80,6 @@ class TinyLoraConfig(LowRank):
         super().__post_init__()
         if not 0 <= self.weight_tying <= 1:
             raise ValueError(f"`weight_tying` should be a number from 0 (none) to 1 (all), not {self.weight_tying!r}.")
-        if self.init_weights not in (True, False, "uniform"):
-            raise ValueError(f"`init_weights` should be true, false or 'uniform', not {self.init_weights!r}.")
 
     @property
     def never_identity(self) -> str:

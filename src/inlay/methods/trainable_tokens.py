@@ -44,9 +44,7 @@ class TrainableTokensConfig(Method):
     equation: ClassVar[str] = "W with the columns of some tokens retrained"
     count_formula: ClassVar[str] = "len(token_indices)·dim"
     examples: ClassVar[dict[str, dict[str, Any]]] = {"": {"token_indices": [0, 4, 7]}}
-    ours: ClassVar[frozenset[str]] = Method.ours | {
-        "as_part", "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save",
-    }  # fmt: skip
+    ours: ClassVar[frozenset[str]] = Method.ours | {"layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save"}
 
     @property
     def follows_ties(self) -> bool:
@@ -74,10 +72,8 @@ class TrainableTokensConfig(Method):
         reason = self.refuses(p.site)
         if reason:
             raise ValueError(f"trainable tokens of {p.path!r}: {reason}.")
-        w, _ = p.site.read()
         if self.init_weights:
-            rows = w.detach().mT if isinstance(p.site, Embedding) else w.detach()
-            p.trainable_tokens_delta.data.copy_(rows[self.token_indices])
+            p.trainable_tokens_delta.data.copy_(_rows(p)[self.token_indices])
         else:
             p.trainable_tokens_delta.data.normal_(generator=torch.Generator().manual_seed(self.seed or 0))
 
@@ -87,8 +83,7 @@ class TrainableTokensConfig(Method):
         missing = sorted({*its} - {*mine})
         if missing:
             raise ValueError(f"it retrains token {missing[0]}, which is not among those of the adapter that is there")
-        w, _ = p.site.read()
-        rows = (full(w).mT if isinstance(p.site, Embedding) else full(w)).detach()[mine].to(small.trainable_tokens_delta.dtype)
+        rows = full(_rows(p))[mine].to(small.trainable_tokens_delta.dtype)
         rows[[mine.index(token) for token in its]] = small.trainable_tokens_delta.detach()
         return {"trainable_tokens_delta": rows}
 
@@ -121,7 +116,7 @@ class TrainableTokensConfig(Method):
         """An output head, one that shares the embedding or one of its own: the scores of the retrained tokens are replaced."""
         y = inner(x)
         new = p.trainable_tokens_delta.to(x.dtype)
-        scores = torch.nn.functional.linear(x, new)
+        scores = F.linear(x, new)
         index, bias = self._index(x), inner.bias()
         if bias is not None:
             scores = scores + bias[index].to(scores.dtype)
@@ -131,3 +126,9 @@ class TrainableTokensConfig(Method):
 def _axes(site: Site) -> tuple[str, str]:
     """The axis that counts tokens, and the other one."""
     return ("in", "out") if isinstance(site, Embedding) else ("out", "in")
+
+
+def _rows(p: Adapter) -> Tensor:
+    """What the base has of each token, ``(tokens, dim)``."""
+    w, _ = p.site.read()
+    return w.detach().mT if isinstance(p.site, Embedding) else w.detach()
