@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 Block = tuple[int, int]
+# Numbers that are rounded at once.
+AT_ONCE = 1 << 21
 # Exponents without sign and fraction, one byte each.
 EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 
@@ -51,7 +55,10 @@ def to_float8(w: Tensor, block: Block, dtype: torch.dtype, scales: torch.dtype =
         scale = (exponent + 127).to(scales) if scales == torch.uint8 else exponent.exp2().to(scales)
     else:
         scale = scale.to(scales)
-    return (w / spread(factors(scale), block, w.shape)).clamp_(-most, most).to(dtype), scale
+    divisors, codes = spread(factors(scale), block, w.shape), torch.empty(w.shape, dtype=dtype, device=w.device)
+    for some in _rows(w):
+        codes[..., some, :] = (w[..., some, :] / divisors[..., some, :]).clamp_(-most, most).to(dtype)
+    return codes, scale
 
 
 def to_whole(
@@ -70,6 +77,17 @@ def to_whole(
     reach = torch.maximum(high, -low) * 2 if symmetric else high.clamp(min=0) - low.clamp(max=0)
     scale = (reach / (last - first)).clamp_(min=torch.finfo(scales).tiny).to(scales)
     zero = torch.zeros_like(low) if symmetric else (first - (low.clamp(max=0) / scale).round_()).clamp_(first, last)
-    per_number = spread(1.0 / scale.float(), block, w.shape)
-    codes = (w * per_number).round_().add_(spread(zero, block, w.shape)).clamp_(first, last)
-    return codes.to(torch.int8), scale, zero.to(torch.int8)
+    by, zeros = spread(1.0 / scale.float(), block, w.shape), spread(zero, block, w.shape)
+    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    for some in _rows(w):
+        found = (w[..., some, :] * by[..., some, :]).round_().add_(zeros[..., some, :])
+        codes[..., some, :] = found.clamp_(first, last).to(torch.int8)
+    return codes, scale, zero.to(torch.int8)
+
+
+def _rows(w: Tensor) -> Iterator[slice]:
+    """Some rows after others, so that no second tensor in full precision is as large as ``w``."""
+    count = w.shape[-2]
+    step = max(1, AT_ONCE * count // max(1, w.numel()))
+    for start in range(0, count, step):
+        yield slice(start, start + step)

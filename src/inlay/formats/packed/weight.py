@@ -155,8 +155,11 @@ class Packing:
         made = entry.rounded(w, before)
         self.pieces.append(entry.in_file(made))
         self.at += len(w)
-        self.weight += w.square().sum(dtype=torch.float64).item()
-        self.error += (w - entry.dense(before | made)).square_().sum(dtype=torch.float64).item()
+        now = before | made
+        for rows in slices(w.shape):
+            rest = w[rows] - entry.dense({name: t[rows] for name, t in now.items()})
+            self.error += rest.square_().sum(dtype=torch.float64).item()
+            self.weight += w[rows].square().sum(dtype=torch.float64).item()
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors of the file by their keys."""

@@ -150,7 +150,7 @@ class Writer:
             if packing is not None:
                 check_finite(name, w)
                 packing.add(w)
-                change += squares(w - full(before))
+                change += apart(w, before)
             else:
                 self._put_rows(name, group, w.to(dtype), rows, wanted)
             # The next rows are read into the room of these.
@@ -186,7 +186,7 @@ class Writer:
         before = before.mT if entry.transposed else before
         for rows in slices(entry.stored.shape, entry.together):
             packing.add(own[rows])
-            change += squares(own[rows] - full(before[rows]))
+            change += apart(own[rows], before[rows])
         self._put_packed(packing, change, wanted)
 
     def _put_merged(self, key: str, tensor: Tensor, rows: slice | None = None) -> None:
@@ -202,8 +202,10 @@ class Writer:
         self.plan.rounding[packing.entry.key] = Rounding(packing.error, packing.weight, change)
 
 
-def squares(tensor: Tensor) -> float:
-    return tensor.square().sum(dtype=torch.float64).item()
+def apart(w: Tensor, before: Tensor) -> float:
+    """The square of the norm of what lies between two tensors."""
+    pairs = ((w[rows], before[rows]) for rows in slices(w.shape))
+    return sum((one - full(other)).square_().sum(dtype=torch.float64).item() for one, other in pairs)
 
 
 def check_finite(key: str, tensor: Tensor) -> None:
