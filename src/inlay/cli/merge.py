@@ -50,7 +50,7 @@ def merge(
 ) -> None:
     """Merge adapters of any method into a base and write an ordinary model folder.
 
-    Weights are read, changed and written one by one, so memory for one of them is enough. The folder appears whole. After an
+    Weights are read, changed and written one by one, some rows at a time. The folder appears whole. After an
     interruption, the same command goes on where it was.
     """
     from inlay.training.errors import InputError, near_miss

@@ -106,7 +106,8 @@ class Plan:
         base: the folder of a model, in safetensors.
         adapters: folders or hub names, in the order in which they act.
         weights: the strength of each, or its weight in the combination; 1 where None.
-        out_dtype: of all floating-point tensors; those of the base where None.
+        out_dtype: of all floating-point tensors; those of the base where None. Merged weights are rounded to it once, so that a wider
+            one than the base's keeps digits which `merge_and_unload` rounds away in the base's own dtype.
         base_dtype: what becomes of a quantised base, as in `merge_and_unload`: ``"dequantized"`` writes all of it dense,
             ``"requantized"`` quantises changed weights again, ``"original"`` takes the weights of another folder.
         original: the folder of the weights from before the base was quantised.
