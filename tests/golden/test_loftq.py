@@ -53,7 +53,8 @@ def test_the_same_residual(bits: int, iterations: int) -> None:
     its = float((w - rounded - b @ a).norm())
     site = site_of(layer)
     assert site is not None
-    (ours,), (left,) = quantized([site], 8, inlay.LoftQConfig(loftq_bits=bits, loftq_iter=iterations))
+    (ours,) = quantized([site], w.unsqueeze(0), 8, inlay.LoftQConfig(loftq_bits=bits, loftq_iter=iterations))
+    left = w - ours
     mine_a, mine_b = (t.float() for t in best_factors(left, 8, 1.0))
     error = float((left - mine_b @ mine_a).norm())
     if bits == 4:

@@ -84,7 +84,7 @@ class Parts:
     def _method(self, piece: slice) -> Method:
         if not self.made:
             return self.p.method
-        method = copy.copy(self.p.method)
+        method: Any = copy.copy(self.p.method)
         for name, (whole, axes) in self.made.items():
             if isinstance(whole, tuple):
                 found: Any = tuple(self._cut(t, own, piece) for t, own in zip(whole, axes, strict=True))

@@ -52,19 +52,19 @@ class LoftQConfig:
             raise ValueError(f"`loftq_iter` is at least 1, not {self.loftq_iter!r}.")
 
 
-def quantized(sites: Sequence[Site], r: int, options: LoftQConfig) -> tuple[Tensor, Tensor]:
-    """The weights after the last rounding, each of what the factors of the one before left over; and what that rounding lost. Both
-    ``(sites, *batch, out, in)``. Blocks run as each host keeps its weight in memory."""
-    w = full(weights(sites))
-    product = torch.zeros((), dtype=w.dtype, device=w.device)
-    for i in range(options.loftq_iter):
-        pairs = zip(sites, w - product, strict=True)
-        q = torch.stack([site.matrix(rounded(site.raw(t), options.loftq_bits)) for site, t in pairs])
-        if i + 1 < options.loftq_iter:
-            a, b = pissa(w - q, r, 1.0)
-            product = (b @ a).to(w.dtype)
-    q = q.to(sites[0].dtype)
-    return q, w - full(q)
+def quantized(sites: Sequence[Site], w: Tensor, r: int, options: LoftQConfig) -> Tensor:
+    """The weights ``(sites, *batch, out, in)`` after the last rounding, each of what the factors of the one before left over. Blocks
+    run as each host keeps its weight in memory. One round takes no copy in full precision."""
+
+    def of(left: Tensor, dtype: torch.dtype) -> Tensor:
+        pairs = zip(sites, left, strict=True)
+        return torch.stack([site.matrix(rounded(site.raw(t), options.loftq_bits, dtype)) for site, t in pairs])
+
+    left = w
+    for _ in range(1, options.loftq_iter):
+        a, b = pissa(full(w) - of(left, torch.float32), r, 1.0)
+        left = full(w) - (b @ a).to(full(w).dtype)
+    return of(left, sites[0].dtype)
 
 
 class Loftq(Computed):
@@ -101,9 +101,9 @@ class Loftq(Computed):
 
     def compute(self, sites: Sequence[Site], paths: Sequence[str], known: bool) -> tuple[Tensor, ...]:
         """The weight beneath the update, and factors of what that lacks."""
-        r = self.rank_at(sites[0])
-        q, lost = quantized(sites, r, LoftQConfig(**self.loftq_config))
-        return (q,) if known else (q, *alive(*pissa(lost, r, self.scaling), r))
+        r, w = self.rank_at(sites[0]), weights(sites)
+        q = quantized(sites, w, r, LoftQConfig(**self.loftq_config))
+        return (q,) if known else (q, *alive(*pissa(full(w) - full(q), r, self.scaling), r))
 
     def derive(self, p: Adapter) -> None:
         super().derive(p)
