@@ -41,7 +41,7 @@ class Stack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(*w.shape, bias=False) for w in weights)
         for layer, w in zip(self.layers, weights, strict=True):
-            layer.weight.data.copy_(w)
+            layer.weight = nn.Parameter(w.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v, *rest = self.layers
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="how many")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--rows", type=int, default=1024, help="of a batch")
+    parser.add_argument("--only", action="append", choices=STARTS, help="a start; several times for several")
     torch_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -133,7 +134,7 @@ def main() -> None:
     mixing = falling(options.width, 99)
     data = [{"x": torch.randn(options.rows, options.width, generator=torch.Generator().manual_seed(i)) @ mixing} for i in range(4)]
     rows = []
-    for start in STARTS:
+    for start in options.only or STARTS:
         found: dict[str, list[float]] = {name: [] for name in LIBRARIES}
         for i in range(options.rounds + 1):
             for name, library in LIBRARIES.items() if i % 2 else reversed(LIBRARIES.items()):

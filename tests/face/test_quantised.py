@@ -80,7 +80,8 @@ def test_preparing_keeps_the_dtypes_that_torchao_needs(folder: Path) -> None:
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 def test_preparing_casts_what_is_not_quantised(folder: Path, storage: torch.dtype) -> None:
-    config = BitsAndBytesConfig(**NF4 | {"bnb_4bit_quant_storage": storage})
+    options: dict[str, Any] = NF4 | {"bnb_4bit_quant_storage": storage}
+    config = BitsAndBytesConfig(**options)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16)
     codes = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     prepared: Any = prepare_model_for_kbit_training(model)
@@ -184,7 +185,7 @@ def test_requantised_merge_says_what_it_lost(folder: Path) -> None:
 
 def test_a_retrained_bias_is_merged_once(folder: Path) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], bias="lora_only", init_lora_weights=False)
-    model = get_peft_model(loaded(folder), config)
+    model: Any = get_peft_model(loaded(folder), config)
     for n, q in model.named_parameters():
         if q.requires_grad and "bias" in n:
             q.data += 0.5

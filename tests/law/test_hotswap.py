@@ -57,7 +57,7 @@ def test_nothing_is_compiled_again(case: str) -> None:
         layout = next(x for c, x in acting(once=True) if c == case)
     model, example, counter = adapted(case, layout), layout.example(), CompileCounter()
     torch.compiler.reset()
-    compiled = torch.compile(model, backend=counter)
+    compiled: Any = torch.compile(model, backend=counter)
     with torch.no_grad():
         compiled(*example)
         frames = counter.frame_count
@@ -190,7 +190,7 @@ def test_ranks_that_are_prepared_for(case: str) -> None:
     assert session is not None
     assert session.configs["a"].r == 4  # type: ignore[attr-defined]
     torch.compiler.reset()
-    compiled = torch.compile(model, backend=counter)
+    compiled: Any = torch.compile(model, backend=counter)
     with torch.no_grad():
         compiled(*example)
         frames = counter.frame_count

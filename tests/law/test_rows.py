@@ -154,7 +154,7 @@ def test_layers_that_adapters_of_a_batch_do_not_tell_apart_run_once(monkeypatch:
     model = inlay.get_peft_model(nn.ModuleDict({"first": nn.Linear(4, 4), "last": nn.Linear(4, 4)}), _lora(0, "first"), "a")
     for name in "bc":
         model.add_adapter(name, _lora(1, "last"))
-    first = model.get_base_model()["first"]
+    first = model.get_base_model().get_submodule("first")
     x = torch.randn(4, 4)
 
     def at_rows(rows: list[Any]) -> Tensor:
@@ -337,7 +337,8 @@ def test_the_host_works_once_for_all_rows(rows: list[str]) -> None:
     model = inlay.get_peft_model(nn.Sequential(nn.Linear(4, 4)), inlay.LoraConfig(target_modules=["0"], init_lora_weights=False), "a")
     model.add_adapter("b", inlay.IA3Config(target_modules=["0"], feedforward_modules=[], init_ia3_weights=False))
     model.add_adapter("c", inlay.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
-    layer, calls = model.get_base_model()[0], []
+    layer: Any = model.get_base_model().get_submodule("0")
+    calls: list[int] = []
     host = nn.Linear(4, 4)
     host.load_state_dict({k: v for k, v in layer.state_dict().items() if "adapters" not in k})
     layer._host_forward = lambda x: calls.append(len(x)) or nn.functional.linear(x, host.weight, host.bias)
@@ -388,9 +389,19 @@ def test_rows_that_are_too_few_are_counted_at_the_entry_and_at_a_layer(rows: tup
         assert layer(torch.randn(6, layer.in_features)).shape == (6, layer.out_features)
 
 
+def test_a_name_is_for_one_row_of_the_call() -> None:
+    """A layer may see several entries of a row, as with beams; whoever calls the model names each row."""
+    model = adapted()
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="2 adapter names were given for a batch of 4; give one for each row"):
+            call(input_ids=tokens(4), adapter_names=["a", "b"])
+    beams = model.generate(input_ids=tokens(2), adapter_names=["a", "b"], num_beams=2, max_new_tokens=2, do_sample=False)
+    assert beams.shape == (2, tokens(2).shape[1] + 2)
+
+
 def test_rows_that_are_too_few_are_counted_where_the_host_reads_its_weight() -> None:
     host = nn.Sequential(nn.MultiheadAttention(4, 2, batch_first=True))
     model = inlay.get_peft_model(host, inlay.LoraConfig(r=2, target_modules=["0"]))
     x = torch.randn(4, 3, 4)
     with model.session.local(rows=("default",) * 3), pytest.raises(ValueError, match="3 adapter names were given for a batch of 4"):
-        model.get_base_model()[0](x, x, x)
+        model.get_base_model().get_submodule("0")(x, x, x)
