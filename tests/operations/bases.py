@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from inlay import LoraConfig, get_peft_model
+from inlay import LoraConfig, PeftModel, get_peft_model
 from inlay.core.method import Method
 from inlay.formats import streaming
 from inlay.operations.stream_merge import StreamMerge
 
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
 
 
 def llama(**more: Any) -> nn.Module:
@@ -68,6 +68,58 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)
     return found
+
+
+def in_memory(base: Path, adapters: list[Path], folder: Path, weights: list[float] | None = None, **options: Any) -> Path:
+    """What `merge_and_unload` and `save_pretrained` write."""
+    cls = options.pop("cls", AutoModelForCausalLM)
+    tuned = PeftModel.from_pretrained(load(base, cls, **options), adapters[0])
+    names = ["default", *(f"adapter{i}" for i in range(1, len(adapters)))]
+    for name, path in zip(names[1:], adapters[1:], strict=True):
+        tuned.load_adapter(path, name)
+    for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
+        tuned.set_scale(name, weight)
+    tuned.merge_and_unload(adapter_names=names).save_pretrained(folder)
+    return folder
+
+
+def check_same(base: Path, out: Path, reference: Path) -> set[str]:
+    """Bit-equal; the keys of what changed."""
+    expected, found, before = tensors(reference), tensors(out), tensors(base)
+    assert expected.keys() == found.keys()
+    assert [k for k in expected if expected[k].dtype != found[k].dtype or not torch.equal(expected[k], found[k])] == []
+    return {k for k in found if k not in before or not torch.equal(before[k], found[k])}
+
+
+def both_ways(tmp_path: Path, base: Path, *adapters: Path, weights: list[float] | None = None, **options: Any) -> set[str]:
+    reference = in_memory(base, list(adapters), tmp_path / "reference", weights, **options)
+    out = StreamMerge(base, list(adapters), weights).run(tmp_path / "out")
+    changed = check_same(base, out, reference)
+    cls = options.get("cls", AutoModelForCausalLM)
+    ids = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(load(out, cls)(ids).logits, load(reference, cls)(ids).logits)
+    return changed
+
+
+# What is folded in pieces: methods of each kind.
+PIECEWISE: dict[str, tuple[str, dict[str, Any]]] = {
+    "LORA": ("LORA", {}),
+    "DORA": ("LORA", {"use_dora": True}),
+    "LOHA": ("LOHA", {"r": 4}),
+    "LOKR": ("LOKR", {"r": 4}),
+    "OFT": ("OFT", {"oft_block_size": 4}),
+    "BOFT": ("BOFT", {"boft_block_size": 4}),
+    "HRA": ("HRA", {}),
+    "VERA": ("VERA", {"r": 8}),
+    "IA3": ("IA3", {"feedforward_modules": []}),
+    "FOURIERFT": ("FOURIERFT", {"n_frequency": 50}),
+    "WAVEFT": ("WAVEFT", {"n_frequency": 50}),
+    "C3A": ("C3A", {"block_size": 8}),
+    "ROAD": ("ROAD", {"group_size": 4}),
+    "DEFT": ("DEFT", {}),
+    "BAT": ("MISS", {"r": 4, "init_weights": "bat"}),
+}
 
 
 # ---- quantised by others ----------------------------------------------------------------------------------------------------

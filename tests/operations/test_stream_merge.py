@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
@@ -29,45 +28,11 @@ import inlay.methods  # noqa: F401  registers them
 from inlay import LoraConfig, PeftModel, VeraConfig, from_pretrained_quantized, get_peft_model, quantize_
 from inlay.core.method import METHODS, Method
 from inlay.core.stores import store_of
-from inlay.formats import streaming
-from inlay.formats.streaming import Checkpoint, Files, Shard, read_header
+from inlay.formats.streaming import Files, Shard, read_header
 from inlay.operations.stream_merge import Rounding, StreamMerge, journal, working_folder
 from inlay.operations.stream_merge.folder import SPARE
 
-from .bases import adapter, gpt2, llama, load, mixtral, moved, saved, tensors
-
-
-def in_memory(base: Path, adapters: list[Path], folder: Path, weights: list[float] | None = None, **options: Any) -> Path:
-    """What `merge_and_unload` and `save_pretrained` write."""
-    cls = options.pop("cls", AutoModelForCausalLM)
-    tuned = PeftModel.from_pretrained(load(base, cls, **options), adapters[0])
-    names = ["default", *(f"adapter{i}" for i in range(1, len(adapters)))]
-    for name, path in zip(names[1:], adapters[1:], strict=True):
-        tuned.load_adapter(path, name)
-    for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
-        tuned.set_scale(name, weight)
-    tuned.merge_and_unload(adapter_names=names).save_pretrained(folder)
-    return folder
-
-
-def check_same(base: Path, out: Path, reference: Path) -> set[str]:
-    """Bit-equal; the keys of what changed."""
-    expected, found, before = tensors(reference), tensors(out), tensors(base)
-    assert expected.keys() == found.keys()
-    assert [k for k in expected if expected[k].dtype != found[k].dtype or not torch.equal(expected[k], found[k])] == []
-    return {k for k in found if k not in before or not torch.equal(before[k], found[k])}
-
-
-def both_ways(tmp_path: Path, base: Path, *adapters: Path, weights: list[float] | None = None, **options: Any) -> set[str]:
-    reference = in_memory(base, list(adapters), tmp_path / "reference", weights, **options)
-    out = StreamMerge(base, list(adapters), weights).run(tmp_path / "out")
-    changed = check_same(base, out, reference)
-    cls = options.get("cls", AutoModelForCausalLM)
-    ids = torch.arange(8).unsqueeze(0)
-    with torch.no_grad():
-        assert torch.equal(load(out, cls)(ids).logits, load(reference, cls)(ids).logits)
-    return changed
-
+from .bases import adapter, both_ways, check_same, gpt2, in_memory, llama, load, mixtral, moved, saved, tensors
 
 # ---- every method -----------------------------------------------------------------------------------------------------------
 FOLDABLE = [
@@ -285,7 +250,7 @@ def test_the_weights_from_before(tmp_path: Path) -> None:
 def test_repeated_blocks_are_written(make: Any, tmp_path: Path) -> None:
     base = saved(make(), tmp_path / "base")
     targets = ["q_proj", "v_proj"] if make is llama else ["c_attn"]
-    folder = adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=targets, layer_replication=[[0, 2], [1, 2], [0, 1]]))
+    folder = adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=targets, layer_replication=[(0, 2), (1, 2), (0, 1)]))
     merged = PeftModel.from_pretrained(load(base), folder).merge_and_unload()
     out = StreamMerge(base, [folder]).run(tmp_path / "out")
     found, expected = tensors(out), merged.state_dict()
@@ -369,78 +334,6 @@ def test_other_dtype_and_other_files(tmp_path: Path) -> None:
     for key, file in index["weight_map"].items():
         assert key in read_header(out / file)[0]
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-
-
-def test_large_weights_go_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "AT_ONCE", 4 * 100)
-    base = saved(llama(tie_word_embeddings=True), tmp_path / "base")
-    options = {"target_modules": ["q_proj", "embed_tokens", "down_proj"], "ensure_weight_tying": True}
-    both_ways(tmp_path, base, adapter(base, tmp_path / "a", LoraConfig(r=2, **options)))  # type: ignore[arg-type]
-
-
-PIECEWISE: dict[str, tuple[str, dict[str, Any]]] = {
-    "LORA": ("LORA", {}),
-    "DORA": ("LORA", {"use_dora": True}),
-    "LOHA": ("LOHA", {"r": 4}),
-    "LOKR": ("LOKR", {"r": 4}),
-    "OFT": ("OFT", {"oft_block_size": 4}),
-    "BOFT": ("BOFT", {"boft_block_size": 4}),
-    "HRA": ("HRA", {}),
-    "VERA": ("VERA", {"r": 8}),
-    "IA3": ("IA3", {"feedforward_modules": []}),
-    "FOURIERFT": ("FOURIERFT", {"n_frequency": 50}),
-    "WAVEFT": ("WAVEFT", {"n_frequency": 50}),
-    "C3A": ("C3A", {"block_size": 8}),
-    "ROAD": ("ROAD", {"group_size": 4}),
-    "DEFT": ("DEFT", {}),
-    "BAT": ("MISS", {"r": 4, "init_weights": "bat"}),
-}
-
-
-def one_ulp(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Products of some rows may round their last digit in another way than products of all."""
-    assert found.keys() == expected.keys()
-    for key, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[key], rtol=2**-7, atol=1e-7)
-        assert (tensor != expected[key]).float().mean() < 0.01, key
-
-
-@pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("name", PIECEWISE)
-def test_rows_in_pieces(name: str, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "AT_ONCE", 4 * 100)
-    base = saved(make(**({"attention_bias": True} if make is llama else {})), tmp_path / "base")
-    method, options = PIECEWISE[name]
-    targets = ["q_proj", "down_proj"] if make is llama else ["c_attn", "mlp.c_proj"]
-    folder = adapter(base, tmp_path / "a", METHODS[method](target_modules=targets, **options))  # type: ignore[call-arg]
-    out = StreamMerge(base, [folder]).run(tmp_path / "out")
-    one_ulp(tensors(out), tensors(in_memory(base, [folder], tmp_path / "reference")))
-
-
-@pytest.mark.parametrize(("to", "double"), [("nf4", True), ("nf4", False), ("int8", True)])
-@pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("name", ["LORA", "LOHA", "HRA"])
-def test_quantised_rows_in_pieces(name: str, make: Any, to: str, double: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The codes, and what rounding lost, are those of the whole weight, but for last digits of the products."""
-    base = tmp_path / "base"
-    quantize_(load(saved(make(), tmp_path / "dense", torch.float32)), to, double=double).save_pretrained(base)
-    method, options = PIECEWISE[name]
-    targets = ["q_proj", "down_proj"] if make is llama else ["c_attn", "mlp.c_proj"]
-    folder = adapter(tmp_path / "dense", tmp_path / "a", METHODS[method](target_modules=targets, **options))  # type: ignore[call-arg]
-    whole = StreamMerge(base, [folder], base_dtype="requantized")
-    expected = tensors(whole.run(tmp_path / "whole"))
-    monkeypatch.setattr(streaming, "AT_ONCE", 4 * 100)
-    pieces = StreamMerge(base, [folder], base_dtype="requantized")
-    found = tensors(pieces.run(tmp_path / "out"))
-    assert found.keys() == expected.keys()
-    for key, tensor in found.items():
-        if tensor.is_floating_point():
-            torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-8)
-        elif "quant_state" not in key:
-            assert (tensor != expected[key]).float().mean() < 0.01, key
-    for key, told in pieces.rounding.items():
-        other = whole.rounding[key]
-        assert (told.error, told.weight, told.change) == pytest.approx((other.error, other.weight, other.change), rel=1e-4)
 
 
 def test_headers_come_first_and_tensors_in_any_order(tmp_path: Path) -> None:
@@ -623,84 +516,6 @@ def test_killed_outright(small: tuple[Path, Path], tmp_path: Path) -> None:
     assert json.loads(noted.read_text())["finished"]
     reference = in_memory(base, [folder], tmp_path / "reference")
     check_same(base, StreamMerge(base, [folder]).run(tmp_path / "out"), reference)
-
-
-# ---- memory -------------------------------------------------------------------------------------------------------------------------
-# The kernel's own mark of this process; what `resource` says is at least that of the process that started it.
-MEASURE = """
-import sys
-from inlay.operations.stream_merge import StreamMerge
-def peak():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
-merge = StreamMerge(sys.argv[1], [sys.argv[2]])
-before = peak()
-merge.run(sys.argv[3])
-print(peak() - before)
-"""
-
-
-def test_peak_memory_is_that_of_a_slice(tmp_path: Path) -> None:
-    model = llama(hidden_size=512, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=8, vocab_size=64)
-    base = saved(model, tmp_path / "base", max_shard_size="100MB")
-    folder = adapter(base, tmp_path / "a", LoraConfig(r=4, target_modules="all-linear"))
-    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    words = [sys.executable, "-c", MEASURE, str(base), str(folder), str(tmp_path / "out")]
-    grown = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-    largest = max(e.nbytes for e in Checkpoint.open(base).tensors.values())
-    # What waits to be written, and has not been by a slow disk, counts as well.
-    assert size > 400e6
-    assert grown < min(3 * largest + 300e6, size / 2)
-
-
-MEASURE_ALL = (
-    MEASURE[: MEASURE.index("merge = ")]
-    + """
-plans = [StreamMerge(sys.argv[1], [folder], base_dtype=sys.argv[3] or None) for folder in sys.argv[4:]]
-for merge, folder in zip(plans, sys.argv[4:]):
-    before = peak()
-    merge.run(sys.argv[2] + folder.rpartition("/")[2])
-    print(folder.rpartition("/")[2], peak(), before)
-"""
-)
-OFTEN = ["LORA", "LOHA", "OFT"]
-REST = [name for name in PIECEWISE if name not in OFTEN]
-
-
-@pytest.mark.parametrize(
-    ("to", "names", "width"),
-    [
-        ("", OFTEN, 6144),
-        ("nf4", OFTEN, 6144),
-        pytest.param("", REST, 6144, marks=pytest.mark.slow),
-        pytest.param("nf4", REST, 6144, marks=pytest.mark.slow),
-        pytest.param("", list(PIECEWISE), 24576, marks=pytest.mark.slow),
-        pytest.param("nf4", list(PIECEWISE), 24576, marks=pytest.mark.slow),
-    ],
-)
-def test_peak_memory_where_the_largest_tensor_is_adapted(to: str, names: list[str], width: int, tmp_path: Path) -> None:
-    """All of them one after another in one process, whose mark never falls: the sum of all growth is bound as that of each."""
-    model = llama(hidden_size=4096, intermediate_size=width, num_hidden_layers=1, num_attention_heads=8, vocab_size=64)
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "base")  # type: ignore[operator]
-    largest = max(e.nbytes for e in Checkpoint.open(tmp_path / "base").tensors.values())
-    folders = []
-    for name in names:
-        method, options = PIECEWISE[name]
-        config = METHODS[method](target_modules=["up_proj", "down_proj"], **options)  # type: ignore[call-arg]
-        tuned = get_peft_model(model, config)
-        moved(tuned)
-        tuned.save_pretrained(tmp_path / name)
-        model = tuned.unload()
-        folders.append(str(tmp_path / name))
-    base = tmp_path / "base"
-    if to:
-        base = tmp_path / to
-        quantize_(model, to).save_pretrained(base)  # type: ignore[operator]
-    words = [sys.executable, "-c", MEASURE_ALL, str(base), str(tmp_path / "out"), "requantized" if to else "", *folders]
-    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
-    print(*lines, sep="\n")
-    assert len(lines) == len(names)
-    assert largest >= 50e6
-    assert int(lines[-1].split()[1]) - int(lines[0].split()[2]) < 3 * largest + 300e6
 
 
 def test_nothing_changes_without_a_run(small: tuple[Path, Path], tmp_path: Path) -> None:

@@ -193,13 +193,17 @@ def of_adapter(p: Adapter, axis: str) -> Step | None:
     """What an adapter makes of pieces along an axis; None where it needs the whole weight."""
     if _only_adds(p):
         method: Any = p.method
-        return Adding(*method.factors(p), method.scaling, p.strength, axis)
+        a, b = method.factors(p)
+        return Adding(a, b, method.scaling, p.strength, axis)
     return Folding(p, axis) if axis in axes_apart(p) else None
 
 
 def of_update(update: Update, axis: str) -> Step:
     """What several adapters that have become one change add. (Its bias is left out.)"""
-    return AddingDense(full(update.dense), axis) if update.dense is not None else Adding(*update.factors(), 1.0, 1.0, axis)
+    if update.dense is not None:
+        return AddingDense(full(update.dense), axis)
+    a, b = update.factors()
+    return Adding(a, b, 1.0, 1.0, axis)
 
 
 def _only_adds(p: Adapter) -> bool:
