@@ -51,7 +51,7 @@ _HOMES = {
     "inlay.status": "TunerLayerStatus TunerModelStatus",
     "inlay.tuner": "BaseTuner",
     "inlay.formats.folder": "CONFIG_NAME SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME",
-    "inlay.formats.state": "EMBEDDING_LAYER_NAMES",
+    "inlay.formats.slots": "EMBEDDING_LAYER_NAMES",
     "inlay.compat.layers": (
         "AuxiliaryTrainingWrapper BaseTunerLayer LoHaLayer LoKrLayer LoraLayer ModulesToSaveWrapper TrainableTokensWrapper"
     ),
