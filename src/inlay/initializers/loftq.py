@@ -26,7 +26,7 @@ from .compensation import compensate, quantised_layers
 from .offset import alive
 from .pissa import pissa
 from .started import Started
-from .together import Computed, weights
+from .together import Computed
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -58,13 +58,18 @@ def quantized(sites: Sequence[Site], w: Tensor, r: int, options: LoftQConfig) ->
 
     def of(left: Tensor, dtype: torch.dtype) -> Tensor:
         pairs = zip(sites, left, strict=True)
-        return torch.stack([site.matrix(rounded(site.raw(t), options.loftq_bits, dtype)) for site, t in pairs])
+        return _stacked([site.matrix(rounded(site.raw(t), options.loftq_bits, dtype)) for site, t in pairs])
 
     left = w
     for _ in range(1, options.loftq_iter):
         a, b = pissa(full(w) - of(left, torch.float32), r, 1.0)
         left = full(w) - (b @ a).to(full(w).dtype)
     return of(left, sites[0].dtype)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """One by itself may be large, and is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 class Loftq(Computed):
@@ -101,7 +106,7 @@ class Loftq(Computed):
 
     def compute(self, sites: Sequence[Site], paths: Sequence[str], known: bool) -> tuple[Tensor, ...]:
         """The weight beneath the update, and factors of what that lacks."""
-        r, w = self.rank_at(sites[0]), weights(sites)
+        r, w = self.rank_at(sites[0]), _stacked([site.read()[0].detach() for site in sites])
         q = quantized(sites, w, r, LoftQConfig(**self.loftq_config))
         return (q,) if known else (q, *alive(*pissa(full(w) - full(q), r, self.scaling), r))
 
