@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from operations.bases import adapter, gpt2, llama, load, saved, tensors
 
 import inlay.methods  # noqa: F401  registers them
 from inlay import PeftModel, quantize_
 from inlay.core.method import METHODS
 from inlay.formats import streaming
 from inlay.operations.stream_merge import StreamMerge
+
+from .bases import adapter, gpt2, llama, load, saved, tensors
 
 CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "ROAD": [("ROAD", {"group_size": 4})],
