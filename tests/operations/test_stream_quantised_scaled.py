@@ -197,14 +197,15 @@ def test_compressed_tensors(kind: str, tmp_path: Path) -> None:
 # ---- torchao ---------------------------------------------------------------------------------------------------------------------
 def asked(name: str) -> Any:
     quantization = pytest.importorskip("torchao.quantization")
+    few: dict[int, Any] = {bits: getattr(torch, f"int{bits}") for bits in (3, 4)}
     return {
         "int8": lambda: quantization.Int8WeightOnlyConfig(),
         "int8 in groups": lambda: quantization.Int8WeightOnlyConfig(granularity=quantization.PerGroup(32)),
         "int8 as one": lambda: quantization.Int8WeightOnlyConfig(granularity=quantization.PerTensor()),
         "int8 inputs": lambda: quantization.Int8DynamicActivationInt8WeightConfig(),
-        "int4 in bytes": lambda: quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(32)),
+        "int4 in bytes": lambda: quantization.IntxWeightOnlyConfig(few[4], quantization.PerGroup(32)),
         "int3 with zeros": lambda: quantization.IntxWeightOnlyConfig(
-            torch.int3, quantization.PerGroup(16), mapping_type=quantization.MappingType.ASYMMETRIC
+            few[3], quantization.PerGroup(16), mapping_type=quantization.MappingType.ASYMMETRIC
         ),
         "float8": lambda: quantization.Float8WeightOnlyConfig(),
     }[name]()
@@ -227,6 +228,8 @@ def test_torchao(name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pyt
     folder = both_dequantised(base, dense, tmp_path)
     _, wanted, merge = requantised(base, dense, folder, tmp_path)
     theirs = load(tmp_path / "again").state_dict()
+    own: Any
+    other: Any
     for key, w in wanted.items():
         own, other = theirs[key], MAKERS[type(theirs[key]).__name__](model.get_parameter(key), w)
         assert type(own) is type(other)

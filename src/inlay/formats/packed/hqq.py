@@ -111,7 +111,7 @@ class HQQPacking(Packing):
         made = solved(w, entry)
         self.pieces.append(entry.in_file(made))
         codes, of_groups = made.pop("codes").view(w.shape), {n: t.to(entry.compute).reshape(-1) for n, t in made.items()}
-        for rows in slices(w.shape):
+        for rows in slices((len(w), w.shape[1] * 8)):
             now = entry.dense({"codes": codes[rows], **entry.spread(of_groups, rows)})
             self.weight += w[rows].square().sum(dtype=torch.float64).item()
             self.error += (w[rows] - now).square_().sum(dtype=torch.float64).item()
@@ -157,8 +157,9 @@ def solved(w: Tensor, to: HQQ) -> Numbers:
 
 
 def _pieces(groups: Tensor, axis: int) -> Iterator[tuple[slice, slice]]:
-    """Some groups after others."""
-    for at in slices(groups.shape if axis else groups.mT.shape):
+    """Some groups after others; a step of the solver has several tensors of their size."""
+    count, size = groups.shape if axis else groups.mT.shape
+    for at in slices((count, size * 8)):
         yield (at, slice(None)) if axis else (slice(None), at)
 
 
