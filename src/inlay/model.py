@@ -212,7 +212,7 @@ class PeftModel(nn.Module):
     def _rows(self, names: Sequence[str | Sequence[str]] | None, args: tuple[Any, ...], kwargs: dict[str, Any], rest: Rest | None) -> Any:
         if names is None:
             return nullcontext()
-        check_count((*args, *map(kwargs.get, ("input_ids", "inputs_embeds", "inputs"))), len(names))
+        check_count((*args, *map(kwargs.get, ("input_ids", "inputs_embeds", "inputs"))), len(names), inside=False)
         return self.session.local(self.session.active, names, rest)
 
     @contextmanager

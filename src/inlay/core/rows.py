@@ -59,13 +59,16 @@ def _group(rows: tuple[Row, ...], known: Collection[str] | None) -> tuple[Group,
 _grouped = lru_cache(512)(_group)
 
 
-def check_count(tensors: Iterable[Any], count: int) -> None:
+def check_count(tensors: Iterable[Any], count: int, inside: bool = True) -> None:
     """
+    Args:
+        inside: of the model, where a row may have become several (beams, heads, patches).
+
     Raises:
-        ValueError: the batch in front of the first tensor is no multiple of the rows that were named.
+        ValueError: the batch in front of the first tensor is not that of the rows that were named.
     """
     first = next((t for t in tensors if isinstance(t, Tensor) and t.ndim), None)
-    if first is not None and first.shape[0] % count:
+    if first is not None and first.shape[0] != count and (not inside or first.shape[0] % count):
         raise ValueError(f"{count} adapter names were given for a batch of {first.shape[0]}; give one for each row.")
 
 
