@@ -92,7 +92,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("ShiraConfig", {"r": 0}, "`r` should be a positive"),
     ("SupertuningConfig", {"sparsity": 1.0}, "sparsity.*share"),
     ("SupertuningConfig", {"lora_alpha": 3}, "set `r` too"),
-    ("SupertuningConfig", {"r": 0}, "positive integer or None"),
+    ("SupertuningConfig", {"r": 0}, "positive integer"),
     ("SupertuningConfig", {"r": 2, "lora_dropout": 1.0}, "lora_dropout.*share"),
     ("HiraConfig", {"r": -1}, "positive"),
     ("HiraConfig", {"hira_dropout": 1.5}, "share"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.additive import add, meet
-from ..core.config import PeftType, nearest
+from ..core.config import PeftType
 from ..core.method import Method, full, register
 from ..core.param import Param, kaiming_uniform, normal, zeros
 from ..core.site import Site
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..core.inner import Inner
 
-FORMS = {
-    "config_A_B": ("lora", "vector", "constant", "none"),
-    "config_C": ("lora", "vector", "none"),
-    "config_D_E": ("vector", "constant", "none"),
-}
+
+def _form(of: str, *known: str) -> dict[str, Any]:
+    return {"help": f"Form of {of}: {', '.join(known[:-1])} or {known[-1]}.", "known": known}
 
 
 @register
@@ -50,9 +48,9 @@ class GloraConfig(Method):
 
     peft_type: str | None = PeftType.GLORA
     r: int = field(default=8, metadata={"help": "Rank of what is of low rank.", "positive": True})
-    config_A_B: str = field(default="lora", metadata={"help": "Form of A and B: lora, vector, constant or none."})  # noqa: N815  HF's name
-    config_C: str = field(default="lora", metadata={"help": "Form of C: lora, vector or none."})  # noqa: N815  HF's name
-    config_D_E: str = field(default="constant", metadata={"help": "Form of D and E: vector, constant or none."})  # noqa: N815  HF's name
+    config_A_B: str = field(default="lora", metadata=_form("A and B", "lora", "vector", "constant", "none"))  # noqa: N815  HF's name
+    config_C: str = field(default="lora", metadata=_form("C", "lora", "vector", "none"))  # noqa: N815  HF's name
+    config_D_E: str = field(default="constant", metadata=_form("D and E", "vector", "constant", "none"))  # noqa: N815  HF's name
     init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
 
     prefix: ClassVar[str] = "glora_"
@@ -68,21 +66,15 @@ class GloraConfig(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in FORMS.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"Unknown {name}={value!r}.{nearest(str(value), known)} Known: {', '.join(known)}.")
         if self.config_A_B == self.config_C == self.config_D_E == "none":
             raise ValueError("config_A_B, config_C and config_D_E are all 'none', which leaves nothing to train.")
 
     def refuses(self, site: Site) -> str | None:
-        if self.config_A_B == "none" and site.bias() is None:
-            return "it has no bias, and config_A_B='none' leaves the weight as it is"
-        return None
+        idle = self.config_A_B == "none" and site.bias() is None
+        return "it has no bias, and config_A_B='none' leaves the weight as it is" if idle else None
 
     def params(self, site: Site) -> dict[str, Param]:
-        start = zeros if self.init_weights else kaiming_uniform
-        one = zeros if self.init_weights else normal(0.02)
+        start, one = (zeros, zeros) if self.init_weights else (kaiming_uniform, normal(0.02))
         declared: dict[str, Param] = {}
 
         def declare(name: str, form: str, rows: str, columns: str | int) -> None:
@@ -126,9 +118,8 @@ class GloraConfig(Method):
             return new, None
         # (*batch, channel)
         own = b.reshape(*site.batch, -1)
-        moved, column, scale, shift = own, path("glora_C", 2), path("glora_D", 1), path("glora_E", 1)
-        if scale is not None and shift is not None:
-            moved = moved + own * scale + shift
+        scale, shift, column = path("glora_D", 1), path("glora_E", 1), path("glora_C", 2)
+        moved = own if scale is None or shift is None else own + own * scale + shift
         if column is not None:
             # The rows that share a bias move it together.
             moved = moved + (w @ column).reshape(*own.shape, -1).sum(-1)

@@ -42,11 +42,11 @@ class SupertuningConfig(Spread):
     """
 
     peft_type: str | None = PeftType.SUPERTUNING
-    sparsity: float = field(default=0.99, metadata={"help": "Share of entries that stay as they are."})
+    sparsity: float = field(default=0.99, metadata={"help": "Share of entries that stay as they are.", "share": True})
     select_top: bool = field(default=True, metadata={"help": "Train the largest entries, or the smallest."})
-    r: int | None = field(default=None, metadata={"help": "Rank of an update beside the entries."})
+    r: int | None = field(default=None, metadata={"help": "Rank of an update beside the entries.", "positive": True})
     lora_alpha: float | None = field(default=None, metadata={"help": "That update is scaled by lora_alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that that update leaves out in training."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Share of inputs that that update leaves out in training.", "share": True})
     init_weights: bool = field(default=True, metadata={"help": "Start from the base."})
     save_precomputed_indices: bool = field(default=True, metadata={"help": "Write the entries' places to the file."})
 
@@ -62,16 +62,10 @@ class SupertuningConfig(Spread):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("sparsity", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is a share in [0, 1), not {getattr(self, name)!r}.")
-        if self.r is None:
-            if self.lora_alpha is not None:
-                raise ValueError("`lora_alpha` scales the update of rank `r`; set `r` too.")
-        elif isinstance(self.r, bool) or not isinstance(self.r, int) or self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer or None, not {self.r!r}.")
-        elif self.lora_alpha is None:
+        if self.r is not None and self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
+        if self.r is None and self.lora_alpha is not None:
+            raise ValueError("`lora_alpha` scales the update of rank `r`; set `r` too.")
 
     def _count(self, site: Site) -> int:
         return int(site.size("out") * site.size("in") * (1 - self.sparsity))
@@ -127,9 +121,7 @@ class SupertuningConfig(Spread):
 
     def delta(self, p: Adapter) -> Tensor:
         found = super().delta(p)
-        if self.r is None:
-            return found
-        return found + self._low_rank(p)
+        return found if self.r is None else found + self._low_rank(p)
 
     def _low_rank(self, p: Adapter) -> Tensor:
         return self.scaling * (full(p.supertuning_lora_B) @ full(p.supertuning_lora_A))
