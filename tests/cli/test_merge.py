@@ -167,7 +167,7 @@ def test_bad_input_is_one_line(words: list[str], said: str, folder: Path, tmp_pa
     if not quantised.exists():
         shutil.copytree(folder / "base", quantised)
         config: dict[str, Any] = json.loads((quantised / "config.json").read_text())
-        (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+        (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "quanto"}}))
     out = tmp_path / "out"
     code, _, err = inlay(capsys, "merge", *(w.format(folder=folder, out=out, quantised=quantised) for w in words))
     assert (code, err.count("\n")) == (2, 1), err
