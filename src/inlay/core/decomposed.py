@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .additive import Additive
-from .method import Method, full
+from .method import Method, full, lengths
 from .mixins import mixed_in
 from .param import Param, zeros
 from .site import Embedding, Site
@@ -35,13 +35,13 @@ class Decomposed(Additive):
     def start(self, p: Adapter) -> None:
         super().start(p)
         w, _ = p.site.read()
-        getattr(p, self.magnitude).data.copy_((full(w) + full(self.delta(p))).norm(dim=-1))
+        getattr(p, self.magnitude).data.copy_(lengths(full(w) + full(self.delta(p))))
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         v, b = super().fold(p, w, b)
         if p.strength not in (0, 1):
             v = w + (v - w) / p.strength
-        adapted = (getattr(p, self.magnitude) / v.norm(dim=-1).detach()).unsqueeze(-1) * v
+        adapted = (getattr(p, self.magnitude) / lengths(v).detach()).unsqueeze(-1) * v
         return (adapted if p.strength == 1 else torch.lerp(w, adapted, p.strength)), b
 
     def apart(self, site: Site) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ class Decomposed(Additive):
         w, bias = inner.params()
         with torch.no_grad():
             v, bias_v = super().fold(p, full(w), bias)
-            norms = v.norm(dim=-1)
+            norms = lengths(v)
         gain = site.rows(getattr(p, self.magnitude) / norms)
         if bias_v is None:
             return (y * gain).to(y.dtype)

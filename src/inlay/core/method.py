@@ -158,6 +158,10 @@ class Method(PeftConfig):
         """
         return None
 
+    def shared_to_fold(self, sites: Mapping[str, Site]) -> nn.Module | None:
+        """`shared` where the layers are only folded, by a file: it need not hold more than they use, nor values that a file has."""
+        return self.shared(sites)
+
     def bank_key(self, name: str) -> str | None:
         """What a file calls a tensor of `shared`; None leaves it out."""
         return f"base_model.{name}"
@@ -313,6 +317,12 @@ def matches(pattern: str, path: str) -> bool:
 def full(t: Tensor) -> Tensor:
     """At least single precision: products of half-precision factors lose digits that a merge would keep for ever."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) or t.dtype.itemsize == 1 else t
+
+
+def lengths(w: Tensor) -> Tensor:
+    """The length of each row of a matrix: ``(*batch, out)``."""
+    # Counted from the front: of a last axis of length one, the compiler of torch 2.11 believes that ``norm(dim=-1)`` keeps it.
+    return w.norm(dim=w.ndim - 1)
 
 
 def folded(p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -135,7 +135,9 @@ class AdamssConfig(LowRank):
     def _groups(self, site: Site) -> list[Groups]:
         """For each matrix of the site. They follow from the base, and are in no file."""
         key = self.r, self.num_subspaces, self.subspace_rank, self.use_dynamic_rank, self.svd_threshold, self.random_seed
-        memory = site.__dict__.setdefault("_adamss_groups", {})
+        memory = getattr(site, "_adamss_groups", None)
+        if memory is None:
+            memory = site._adamss_groups = {}  # type: ignore[attr-defined]
         if key not in memory:
             memory[key] = [self._grouped(w) for w in self._matrices(site)]
         return memory[key]

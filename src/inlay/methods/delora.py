@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.additive import LowRank
 from ..core.config import PeftType
-from ..core.method import Method, full, register
+from ..core.method import Method, full, lengths, register
 from ..core.param import Param, constant, kaiming_uniform, ones, zeros
 from ..core.site import Site
 
@@ -66,10 +66,9 @@ class DeloraConfig(LowRank):
 
     def start(self, p: Adapter) -> None:
         # The lengths of the columns stay those of the base that the adapter began on; files hold them.
-        p.delora_w_norm.copy_(full(p.site.read()[0].detach()).norm(dim=-2))
+        p.delora_w_norm.copy_(lengths(full(p.site.read()[0].detach()).mT))
 
     def factors(self, p: Adapter) -> tuple[Tensor, Tensor]:
         a, b = full(p.delora_A), full(p.delora_B)
-        lengths = a.norm(dim=-1).clamp_min(SHORTEST) * b.norm(dim=-2).clamp_min(SHORTEST)
-        gain = p.delora_lambda / self.r / lengths
+        gain = p.delora_lambda / self.r / (lengths(a).clamp_min(SHORTEST) * lengths(b.mT).clamp_min(SHORTEST))
         return gain.unsqueeze(-1) * a * p.delora_w_norm.unsqueeze(-2), b

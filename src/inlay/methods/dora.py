@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.additive import add, meet
-from ..core.method import Method, full
+from ..core.method import Method, full, lengths
 from ..core.param import Param, zeros
 from ..core.site import Embedding, Site
 from ..kernels.decomposed import linear_decomposed, row_squares
@@ -38,7 +38,7 @@ class Dora(LoraConfig):
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         v = w + self.delta(p)
-        adapted = (p.lora_magnitude_vector / v.norm(dim=-1).detach()).unsqueeze(-1) * v
+        adapted = (p.lora_magnitude_vector / lengths(v).detach()).unsqueeze(-1) * v
         return adapted if p.strength == 1 else torch.lerp(w, adapted, p.strength), b
 
     def apart(self, site: Site) -> tuple[str, ...]:

@@ -99,11 +99,13 @@ class PveraConfig(LowRank):
         return p.pvera_lambda_d[..., : self.r].unsqueeze(-1) * a, p.pvera_lambda_b.unsqueeze(-1) * b
 
     def _noise(self, p: Adapter, like: Tensor) -> Tensor:
+        # In full precision, so that the same numbers are drawn in half precision.
+        dtype = torch.promote_types(like.dtype, torch.float32)
         if self.generator_seed is None:
-            return torch.randn_like(like)
+            return torch.randn_like(like, dtype=dtype).to(like.dtype)
         if p not in _generators:
             _generators[p] = torch.Generator().manual_seed(self.generator_seed)
-        return torch.randn(like.shape, dtype=like.dtype, generator=_generators[p]).to(like.device)
+        return torch.randn(like.shape, dtype=dtype, generator=_generators[p]).to(like)
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         site = inner.site
