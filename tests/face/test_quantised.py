@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,28 @@ def test_merge_into_the_original(folder: Path, path_is_given: bool) -> None:
 def test_out_dtype(folder: Path) -> None:
     merged = adapted(folder).merge_and_unload(base="dequantized", out_dtype=torch.bfloat16)
     assert {q.dtype for q in merged.parameters()} == {torch.bfloat16}
+
+
+def test_weights_that_an_adapter_does_not_change_are_not_rounded_again(folder: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, seed=1, bias="all", task_type="CAUSAL_LM")
+    model = get_peft_model(loaded(folder), config)
+    stored = {n: q.detach().clone() for n, q in model.named_parameters() if type(q).__name__ == "Params4bit"}
+    with torch.no_grad():
+        for name, q in model.named_parameters():
+            if "bias" in name and q.requires_grad:
+                q.add_(0.1)
+    before = logits(model)
+    with pytest.warns(UserWarning, match="2 merged weights were quantised again") as caught:
+        model.merge_adapter()
+    share = re.search(r"up to (\d+)% of what", str(caught[0].message))
+    assert share is not None
+    assert int(share[1]) < 60
+    changed = [n for n, q in model.named_parameters() if n in stored and not torch.equal(q, stored[n])]
+    assert len(changed) == 2
+    assert all("q_proj" in n for n in changed)
+    assert (logits(model) - before).norm() < 0.2 * before.norm()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), before)
 
 
 def test_requantised_merge_says_what_it_lost(folder: Path) -> None:

@@ -186,9 +186,11 @@ class Place:
         if check and not (w.isfinite().all() and (b is None or b.isfinite().all())):
             raise ValueError(f"Merging {', '.join(names)} gives weights of {self.path!r} that are not finite; the adapter seems broken.")
         before = None if self.site.store.dense else self.site.read()[0]
-        self.site.replace(w, b, self._made(w, names))
-        self.merged = names
-        if before is not None:
+        # A quantised weight that the adapters leave as it is (they may have changed the bias) is not rounded again.
+        kept = before is not None and torch.equal(w, full(before))
+        self.site.replace(None if kept else w, b, self._made(w, names))
+        self.merged, self.rounding = names, None
+        if before is not None and not kept:
             self.rounding = _lost(w, before, self.site.matrix(self.site.store.read(self.site.module, self.site.name)))
 
     def _made(self, w: Tensor, names: Sequence[str]) -> bool:

@@ -6,7 +6,6 @@ there where one tensor holds several independent matrices: the groups of a convo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cached_property
 from math import prod
@@ -159,11 +158,11 @@ class Site:
             return self.matrix(self.store.read_tensor(self.kept[0])), self.bias()
         return self.matrix(self.store.read(self.module, self.name)), self.bias()
 
-    def replace(self, weight: Tensor, bias: Tensor | None, fresh: bool = False) -> None:
+    def replace(self, weight: Tensor | None, bias: Tensor | None, fresh: bool = False) -> None:
         """Put another weight and bias in the place of the host's, whose own tensors are kept as they are for `restore`.
 
         Args:
-            weight: ``(*batch, out, in)``, any floating dtype; it is rounded once.
+            weight: ``(*batch, out, in)``, any floating dtype; it is rounded once. None is the host's own, as it is stored.
             bias: ``(channels,)`` or None.
             fresh: nothing else holds the weight's memory, so that the host may have it without a copy.
 
@@ -175,8 +174,10 @@ class Site:
             raise TypeError(why)
         if self.kept is None:
             self.kept = self.store.held(self.module, self.name), self._stored_bias
-        raw = self.raw(weight)
-        if fresh and self.store is DENSE and alike(raw, self.kept[0]):
+        raw = None if weight is None else self.raw(weight)
+        if raw is None:
+            self.store.put(self.module, self.name, self.kept[0])
+        elif fresh and self.store is DENSE and alike(raw, self.kept[0]):
             self.store.put(self.module, self.name, nn.Parameter(raw.detach(), requires_grad=self.kept[0].requires_grad))
         else:
             self.store.write(self.module, self.name, raw)
@@ -355,7 +356,10 @@ class ConvTranspose(_AnyConv):
         output_size = kwargs.get("output_size", args[0] if args else None)
         if output_size is None:
             return self
-        bound = copy.copy(self)
+        # Not `copy.copy`, which the compiler of torch 2.11 does not follow.
+        bound = object.__new__(type(self))
+        for name in ("module", "name", "bias_name", "store", "kept", "original"):
+            setattr(bound, name, getattr(self, name))
         bound.output_size = output_size
         return bound
 
