@@ -13,7 +13,9 @@ from torch import Tensor, nn
 import inlay
 from inlay.core.adapter import Adapter
 from inlay.core.inlaid import adapters_of
+from inlay.core.site import site_of
 from inlay.methods.adamss import _means
+from inlay.methods.banks import Corners
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -155,6 +157,19 @@ def lily(p: Adapter, x: Tensor) -> Tensor:
     mixed = sum(s * part for s, part in zip(shares, b.split(p.method.r), strict=True))
     layer = p.site.module._parameters
     return x @ layer["weight"].T + layer["bias"] + p.method.scaling * (hidden @ mixed)
+
+
+@pytest.mark.parametrize("kind", ["", "sparse", "very_sparse"])
+def test_what_randlora_keeps_to_fold_is_a_corner_of_its_bases(kind: str) -> None:
+    sites = {str(i): site for i, shape in enumerate([(40, 48), (60, 7)]) if (site := site_of(nn.Linear(*shape))) is not None}
+    config = inlay.RandLoraConfig(r=4, save_projection=False, **({kind: True} if kind else {}))
+    whole, corner = config.shared(sites), config.shared_to_fold(sites)
+    assert whole.randlora_B.shape == (60, 12, 4)
+    assert isinstance(corner, Corners)
+    assert corner.shapes == {name: tuple(t.shape) for name, t in whole.named_buffers()}
+    for name, kept in corner.named_buffers():
+        assert kept.equal(whole.get_buffer(name)[tuple(map(slice, kept.shape))])
+    assert corner.randlora_B.shape == (60, 10, 4)
 
 
 def test_lily_mixes_by_the_mean_of_the_batch() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from inlay import LoraConfig, get_peft_model, quantize_
+from inlay import LoraConfig, RandLoraConfig, get_peft_model, quantize_
 from inlay.core.method import METHODS
 from inlay.formats.streaming import Checkpoint
 
@@ -122,7 +122,12 @@ CASES: dict[str, tuple[Any, int, dict[str, Any], str]] = {
     "experts one by one": (experts, 1, EXPERTS, ""),
     "linear": (wide, 2, {"target_modules": MLP}, "combine='linear'"),
     "ties": (wide, 2, {"target_modules": MLP}, "combine='ties'"),
+    "retrained heads": (words, 2, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "combine='ties'"),
 }
+for how in ("linear", "ties_svd", "dare_ties_svd", "della", "breadcrumbs", "sce", "slerp"):
+    CASES[f"{how} of changes"] = (wide, 2, {"target_modules": MLP}, f"combine='{how}'")
+    CASES[f"{how} of LoHa"] = (wide, 2, {"method": "LOHA", "target_modules": MLP}, f"combine='{how}'")
+CASES["ties of HRA"] = (wide, 2, {"method": "HRA", "target_modules": MLP}, "combine='ties'")
 
 
 @pytest.mark.slow
@@ -130,9 +135,27 @@ CASES: dict[str, tuple[Any, int, dict[str, Any], str]] = {
 def test_peak_memory_of_what_is_no_plain_weight(case: str, tmp_path: Path) -> None:
     make, count, fields, options = CASES[case]
     base = saved(make(), tmp_path / "base", max_shard_size="1GB", save_original_format=True)
-    folders = [str(adapter(base, tmp_path / str(i), LoraConfig(r=8, **fields), seed=i)) for i in range(count)]
+    config = METHODS[fields.get("method", "LORA")](r=8, **{k: v for k, v in fields.items() if k != "method"})  # type: ignore[call-arg]
+    folders = [str(adapter(base, tmp_path / str(i), config, seed=i)) for i in range(count)]
     program = MEASURE.replace("[sys.argv[2]])", f"sys.argv[2].split(','), {options})").replace("import sys", "import sys, torch")
     run = [sys.executable, "-c", program, str(base), ",".join(folders), str(tmp_path / "out")]
     grown = int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
     print(case, grown)
     assert grown < 3 * max(e.nbytes for e in Checkpoint.open(base).tensors.values()) + 300e6
+
+
+WITH_ITS_PLAN = MEASURE.replace("merge = ", "from transformers import LlamaForCausalLM\nbefore = peak()\nmerge = ", 1)
+WITH_ITS_PLAN = WITH_ITS_PLAN.replace("before = peak()\nmerge.run", "merge.run")
+
+
+@pytest.mark.slow
+def test_peak_memory_of_a_bank_that_no_layer_uses_as_a_whole(tmp_path: Path) -> None:
+    """RandLoRA's is as wide as the widest input and as high as the widest output: here six times the largest tensor."""
+    model = llama(hidden_size=2048, intermediate_size=12288, num_hidden_layers=1, num_attention_heads=8, vocab_size=64)
+    base = saved(model.to(torch.bfloat16), tmp_path / "base")
+    folder = adapter(base, tmp_path / "a", RandLoraConfig(target_modules=MLP))
+    largest = max(e.nbytes for e in Checkpoint.open(base).tensors.values())
+    words = [sys.executable, "-c", WITH_ITS_PLAN, str(base), str(folder), str(tmp_path / "out")]
+    grown = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    print("RandLoRA", grown)
+    assert grown < 3 * largest + 300e6

@@ -42,6 +42,7 @@ def attach(
     autocast_adapter_dtype: bool = True,
     only: Collection[str] | None = None,
     fill: Callable[[list[Part]], object] | None = None,
+    only_folds: bool = False,
 ) -> Session:
     """Set an adapter into a model.
 
@@ -54,6 +55,7 @@ def attach(
         autocast_adapter_dtype: keep the adapter in float32 where the base is in half precision.
         only: names of the modules to adapt, where the configuration is not to decide.
         fill: gives the tensors their values from a file. Nothing is allocated before it has seen the shapes.
+        only_folds: see `Method.shared_to_fold`.
 
     Raises:
         ValueError: the name, a target or an option is wrong; the message says how to mend it. The model is untouched.
@@ -65,7 +67,7 @@ def attach(
         # What was changed may be that other adapters have been set in.
         session = session_of(model) or Session()
         check_name(name, session)
-        plan = Plan(model, config, low_cpu_mem_usage or fill is not None, autocast_adapter_dtype)
+        plan = Plan(model, config, low_cpu_mem_usage or fill is not None, autocast_adapter_dtype, only_folds)
         parts = plan.parts(only)
         if fill is not None:
             fill(parts)

@@ -81,9 +81,13 @@ class Plan:
         config: the adapter's configuration.
         on_meta: allocate nothing.
         autocast_adapter_dtype: see `adapter_dtype`.
+        only_folds: see `Method.shared_to_fold`.
     """
 
-    def __init__(self, model: nn.Module, config: PeftConfig, on_meta: bool, autocast_adapter_dtype: bool) -> None:
+    def __init__(
+        self, model: nn.Module, config: PeftConfig, on_meta: bool, autocast_adapter_dtype: bool, only_folds: bool = False
+    ) -> None:
+        self.only_folds = only_folds
         self.model, self.config, self.on_meta, self.autocast = model, config, on_meta, autocast_adapter_dtype
         self.modules = dict(base_modules(model))
         self.tied = tied_paths(model)
@@ -152,7 +156,8 @@ class Plan:
 
     def _bank(self, config: Method, targets: list[Target]) -> nn.Module | None:
         """What the layers share, where the first of them is."""
-        bank = config.shared({t.name: t.site for t in targets}) if targets else None
+        shared = config.shared_to_fold if self.only_folds else config.shared
+        bank = shared({t.name: t.site for t in targets}) if targets else None
         if bank is None:
             return None
         first = targets[0].site

@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.site import Site
+
+
+class Corners(nn.Module):
+    """What layers use of a bank's tensors that are much larger.
+
+    Attributes:
+        shapes: of the whole tensors, by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
 
 def widest(sites: Iterable[Site]) -> tuple[int, int]:

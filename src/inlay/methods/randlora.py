@@ -7,7 +7,7 @@ longer side of a weight goes with B, so a weight that is higher than wide takes 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,7 +19,7 @@ from ..core.config import PeftType
 from ..core.method import Method, full, register
 from ..core.param import Param, constant, normal, zeros
 from ..core.site import Site
-from .banks import widest
+from .banks import Corners, widest
 from .spread import Spread
 
 if TYPE_CHECKING:
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from ..core.inner import Inner
 
 
+Shape = tuple[int, int, int]
+# How many numbers are drawn at once.
+AT_ONCE = 2**22
+# A part of a basis, and where in its first two axes it begins.
+Drawn = tuple[int, int, Tensor]
 RANK_COUNTS = "the larger r is, the fewer bases there are, so an update of one r is none of another"
 
 
@@ -76,22 +81,36 @@ class RandLoraConfig(Spread):
     # -- the bank --
     def shared(self, sites: Mapping[str, Site]) -> nn.Module:
         """A for the widest short side ``(r, 1, min)``, B for the widest long side ``(max, bases, r)``."""
-        sizes = widest(sites.values())
-        generator = torch.Generator().manual_seed(self.projection_prng_key)
+        shapes = self._shapes(*widest(sites.values()))
+        return self._drawn(nn.Module(), sites, shapes, shapes)
+
+    def shared_to_fold(self, sites: Mapping[str, Site]) -> nn.Module:
+        # The widest input and the widest output are seldom those of one layer, and B holds their product.
+        sides = [sorted((site.size("out"), site.size("in"))) for site in sites.values()]
+        used, bank = self._shapes(max(s for s, _ in sides), max(long for _, long in sides)), Corners()
+        bank.shapes = self._shapes(*widest(sites.values()))
+        if not self.save_projection:
+            return self._drawn(bank, sites, bank.shapes, used)
+        for name, shape in used.items():
+            bank.register_buffer(name, torch.empty(shape, dtype=self._bank_dtype(sites)))
+        return bank
+
+    def _shapes(self, *sides: int) -> dict[str, Shape]:
+        short, long = sorted(sides)
+        return {"randlora_A": (self.r, 1, short), "randlora_B": (long, self._bases(short), self.r)}
+
+    def _bank_dtype(self, sites: Mapping[str, Site]) -> torch.dtype:
+        dtype = next(iter(sites.values())).dtype
+        return dtype if dtype.itemsize > 1 else torch.float32
+
+    def _drawn(self, bank: nn.Module, sites: Mapping[str, Site], shapes: dict[str, Shape], kept: dict[str, Shape]) -> nn.Module:
+        """All numbers are drawn, as each depends on those before, and some kept. B is as large as a weight, and never there twice."""
+        generator, drawing = torch.Generator().manual_seed(self.projection_prng_key), _uniform
         if self.very_sparse or self.sparse:
-            density = 1 / (math.sqrt(min(sizes)) if self.very_sparse else 3)
-            a = _signs((self.r, 1, min(sizes)), density, generator)
-            b = _signs((max(sizes), self._bases(min(sizes)), self.r), density, generator)
-        else:
-            a = _uniform((self.r, 1, min(sizes)), generator)
-            b = a.new_empty(max(sizes), self._bases(min(sizes)), self.r)
-            for n in range(b.shape[1]):
-                b[:, n : n + 1] = _uniform((max(sizes), 1, self.r), generator)
-        bank, dtype = nn.Module(), next(iter(sites.values())).dtype
-        for name, basis in {"randlora_A": a, "randlora_B": b}.items():
-            deviation = basis.std() if basis.numel() > 1 else basis.new_zeros(())
-            # In place: it is as large as a weight.
-            basis = (basis.div_(deviation) if deviation > 0 else basis).to(dtype if dtype.itemsize > 1 else torch.float32)
+            density = 1 / (math.sqrt(shapes["randlora_A"][-1]) if self.very_sparse else 3)
+            drawing = partial(_signs, density)
+        for name, shape in shapes.items():
+            basis = _of_unit_deviation(drawing(shape, generator), math.prod(shape), kept[name]).to(self._bank_dtype(sites))
             bank.register_buffer(name, basis, persistent=self.save_projection)
         return bank
 
@@ -101,15 +120,15 @@ class RandLoraConfig(Spread):
     def _bases(self, short: int) -> int:
         return -(-short // self.r)
 
-    def _corners(self, p: Adapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A ``(r, 1, short)`` and B ``(long, bases * r)``.
+    def _corners(self, p: Adapter) -> tuple[Tensor, Tensor]:
+        """A ``(r, 1, short)`` and B ``(long, bases * r)``, as they are kept.
 
         The columns of B go basis by basis and the rows of the sum's right side gain by gain; so HF pairs them, and any pairing of
         random numbers is as good.
         """
         short, long = sorted((p.whole.size("out"), p.whole.size("in")))
         a, b = p.shared.randlora_A[:, :, :short], p.shared.randlora_B[:long, : self._bases(short)]
-        return a.to(dtype), b.flatten(1).to(dtype)
+        return a, b.flatten(1)
 
     # -- the layers --
     def params(self, site: Site) -> dict[str, Param]:
@@ -137,13 +156,15 @@ class RandLoraConfig(Spread):
 
     def spread(self, p: Adapter, *values: Tensor) -> Tensor:
         lambda_, gamma = map(full, values)
-        a, b = self._corners(p, lambda_.dtype)
+        a, b = self._corners(p)
+        a = a.to(lambda_.dtype)
         tall, rows = p.whole.size("in") <= p.whole.size("out"), slice(p.first_row, p.first_row + p.site.size("out"))
         if not tall:
             # Rows of the update are columns of the gains.
             a, gamma = a[..., rows], gamma[..., rows]
         right = (self.scaling * lambda_.unsqueeze(-1) * a * gamma.unsqueeze(-3)).flatten(-3, -2)
-        return b[rows] @ right if tall else right.mT @ b.mT
+        b = (b[rows] if tall else b).to(right.dtype)
+        return b @ right if tall else right.mT @ b.mT
 
     def delta_apart(self, site: Site) -> tuple[str, ...]:
         return ("out",)
@@ -154,7 +175,7 @@ class RandLoraConfig(Spread):
 
     def gather(self, p: Adapter, g: Tensor, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         lambda_, gamma = values
-        a, b = self._corners(p, lambda_.dtype)
+        a, b = (t.to(lambda_.dtype) for t in self._corners(p))
         tall = p.site.size("in") <= p.site.size("out")
         # The gradient of the product's right side.
         right = (b.t() @ (g.t() @ x) if tall else b.t() @ (x.t() @ g)).view(*lambda_.shape, -1).mul_(a)
@@ -164,13 +185,29 @@ class RandLoraConfig(Spread):
         )
 
 
-def _uniform(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """Drawn in bfloat16, as HF peft does, whose files hold these numbers."""
-    bound = 1 / math.sqrt(shape[1] * shape[2])
-    return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
+def _of_unit_deviation(parts: Iterable[Drawn], count: int, kept: Shape) -> Tensor:
+    """What is kept of a basis, divided by the deviation of all its numbers."""
+    basis, total, squares = torch.empty(0), 0.0, 0.0
+    for row, n, part in parts:
+        basis = basis if basis.numel() else part.new_empty(kept)
+        numbers = part.double()
+        total, squares = total + numbers.sum().item(), squares + numbers.square_().sum().item()
+        here = basis[row : row + part.shape[0], n : n + part.shape[1]]
+        here.copy_(part[: here.shape[0], : here.shape[1], : here.shape[2]])
+    deviation = math.sqrt(max(squares - total**2 / count, 0.0) / max(count - 1, 1))
+    return basis.div_(torch.tensor(deviation, dtype=basis.dtype)) if deviation > 0 else basis
 
 
-def _signs(shape: tuple[int, int, int], density: float, generator: torch.Generator) -> Tensor:
+def _uniform(shape: Shape, generator: torch.Generator) -> Iterator[Drawn]:
+    """Basis by basis, in bfloat16, as HF peft draws them, whose files hold these numbers."""
+    bound = 1 / math.sqrt(shape[2])
+    for n in range(shape[1]):
+        yield 0, n, torch.empty(shape[0], 1, shape[2], dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
+
+
+def _signs(density: float, shape: Shape, generator: torch.Generator) -> Iterator[Drawn]:
     """-1 and 1 with half of the density each (Li et al., Very Sparse Random Projections, KDD 2006)."""
-    drawn = torch.rand(shape, generator=generator)
-    return (drawn > 1 - density / 2).float() - (drawn < density / 2).float()
+    height = max(1, AT_ONCE // (shape[1] * shape[2]))
+    for row in range(0, shape[0], height):
+        drawn = torch.rand(min(height, shape[0] - row), *shape[1:], generator=generator)
+        yield row, 0, (drawn > 1 - density / 2).float() - (drawn < density / 2).float()

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...core.config import PeftConfig
 from ...core.method import Method
 from ...formats.folder import weight_files
+from ...formats.packed import slices
 from ...formats.slots import bare_key
 from ...formats.streaming import AT_ONCE, Entry, Files, read_header
 
@@ -53,9 +54,28 @@ class AdapterFile:
             ValueError: a value is not finite.
         """
         found = self.files.read(self.entries[key]) if self.tensors is None else self.tensors[key]
+        self._check(key, found)
+        return found
+
+    @torch.no_grad()
+    def read_corner(self, key: str, into: Tensor) -> None:
+        """As much of a tensor as there is room for, some rows at a time.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        places = tuple(slice(size) for size in into.shape)
+        if self.tensors is not None or not into.ndim:
+            into.copy_(self.read(key)[places])
+            return
+        for rows in slices((into.shape[0], *self.shape(key)[1:])):
+            found = self.files.read(self.entries[key], rows)
+            self._check(key, found)
+            into[rows].copy_(found[(slice(None), *places[1:])])
+
+    def _check(self, key: str, found: Tensor) -> None:
         if not is_finite(found):
             raise ValueError(f"{self.source}: {key!r} holds values that are not finite; the adapter is broken.")
-        return found
 
     def fingerprint(self) -> list[Any]:
         config = json.dumps(self.config.to_file(), sort_keys=True, default=str)

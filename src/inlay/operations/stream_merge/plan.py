@@ -24,6 +24,7 @@ from ...core.tied import Tied
 from ...formats.packed import READABLE, Packed
 from ...formats.slots import Slot, embedding_leaves, key_in_file, named_in_file, said_twice, slots
 from ...formats.streaming import DTYPES, NAMES, Checkpoint, Entry, Files, Planned, Shard
+from ...methods.banks import Corners
 from ..arithmetic import DENSITY, Combination, Options, combination
 from ..combine import _check as check_combination
 from ..dequantize import BASES
@@ -287,7 +288,7 @@ class Plan:
         heads = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type), PeftModel).heads
         if heads and hasattr(config, "modules_to_save"):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))  # type: ignore[attr-defined]
-        attach(model, config, adapter.name, low_cpu_mem_usage=True)
+        attach(model, config, adapter.name, low_cpu_mem_usage=True, only_folds=True)
         given, used, missing, bank = Given(adapter), set(), [], {}
         for place in places(model):
             p = place.adapters.get(adapter.name)
@@ -305,9 +306,10 @@ class Plan:
                     continue
                 used.add(hit)
                 key = given.own[hit]
-                if adapter.shape(key) != slot.shape:
+                wanted = slot.holder.shapes[slot.name] if isinstance(slot.holder, Corners) else slot.shape
+                if adapter.shape(key) != wanted:
                     raise ValueError(
-                        f"{adapter.source}: {key!r} is {adapter.shape(key)} in its file and {slot.shape} for {self.folder}; it was made "
+                        f"{adapter.source}: {key!r} is {adapter.shape(key)} in its file and {wanted} for {self.folder}; it was made "
                         "for another base."
                     )
                 if slot.tensor.device.type == "meta":
@@ -317,7 +319,7 @@ class Plan:
         if missing:
             raise ValueError(f"{adapter.source}: its file lacks {len(missing)} tensors, such as {missing[0]!r}.")
         for slot, key in bank.values():
-            slot.put(adapter.read(key))
+            adapter.read_corner(key, slot.tensor)
         self._base_tensors(adapter, given, [hit for hit in given if hit not in used])
 
     def _base_tensors(self, adapter: AdapterFile, given: Given, left: Sequence[str]) -> None:
