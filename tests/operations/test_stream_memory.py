@@ -122,12 +122,11 @@ CASES: dict[str, tuple[Any, int, dict[str, Any], str]] = {
     "experts one by one": (experts, 1, EXPERTS, ""),
     "linear": (wide, 2, {"target_modules": MLP}, "combine='linear'"),
     "ties": (wide, 2, {"target_modules": MLP}, "combine='ties'"),
-    "retrained heads": (words, 2, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "combine='ties'"),
+    "ties of changes": (wide, 2, {"target_modules": MLP}, "combine='ties_svd'"),
+    "linear of LoHa": (wide, 2, {"method": "LOHA", "target_modules": MLP}, "combine='linear'"),
+    "ties of LoHa": (wide, 2, {"method": "LOHA", "target_modules": MLP}, "combine='ties'"),
+    "dare_ties of LoHa": (wide, 2, {"method": "LOHA", "target_modules": MLP}, "combine='dare_ties'"),
 }
-for how in ("linear", "ties_svd", "dare_ties_svd", "della", "breadcrumbs", "sce", "slerp"):
-    CASES[f"{how} of changes"] = (wide, 2, {"target_modules": MLP}, f"combine='{how}'")
-    CASES[f"{how} of LoHa"] = (wide, 2, {"method": "LOHA", "target_modules": MLP}, f"combine='{how}'")
-CASES["ties of HRA"] = (wide, 2, {"method": "HRA", "target_modules": MLP}, "combine='ties'")
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from ..methods.full import FullConfig
 from ..methods.lora import LoraConfig
 from ..methods.trainable_tokens import TrainableTokensConfig
 from .effects import Effect, Update, own_tensors
+from .slicing import Sliced
 
 
 def rank_field(site: Site, rank: int) -> int:
@@ -127,7 +128,7 @@ def put(parts: Sequence[Part], effect: Effect, base: nn.Module) -> None:
             own = own_tensors(place) if place is not None else dict(part.module.state_dict(keep_vars=True))
             for name, change in effect.modules.get(part.path, {}).items():
                 holder, _, leaf = name.rpartition(".")
-                _set(p.get_submodule(holder), leaf, full(own[name]) + change)
+                _set(p.get_submodule(holder), leaf, full(own[name]) + (change.whole() if isinstance(change, Sliced) else change))
         elif part.path in effect.tokens and isinstance(p.method, TrainableTokensConfig):
             tokens = effect.tokens[part.path]
             w = full(p.site.read()[0])

@@ -8,11 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..core.config import nearest
+
+Of = Callable[[Tensor], Tensor]
+
+
+class Whole(Protocol):
+    """What a rule may ask of all of the tensors, where it may be given slices of them alone.
+
+    Attributes:
+        size: how many numbers each tensor has.
+    """
+
+    size: int
+
+    def least(self, of: Of, kept: int) -> Tensor:
+        """The least of so many largest magnitudes in what is made of the tensors, ``(n,)``."""
+        ...
+
+    def sums(self, of: Of) -> Tensor:
+        """What is made of the tensors, a sum over their slices."""
+        ...
+
+    def draws(self, t: Tensor) -> Tensor:
+        """Numbers in [0, 1), one for each."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,6 +50,7 @@ class Options:
         gamma: the share of the largest numbers that breadcrumbs leave out.
         epsilon: by how much DELLA's chances to stay differ from the smallest number to the largest.
         generator: of the draws.
+        whole: what is to be known of all of the tensors where a rule is given slices of them; None where it is given all.
     """
 
     density: float = 1.0
@@ -32,6 +58,26 @@ class Options:
     gamma: float = 0.01
     epsilon: float = 0.1
     generator: torch.Generator = field(default_factory=torch.Generator)
+    whole: Whole | None = None
+
+    def seen(self, t: Tensor) -> Whole:
+        return self.whole or Held(t, self.generator)
+
+
+class Held:
+    """Tensors of which a rule is given all."""
+
+    def __init__(self, t: Tensor, generator: torch.Generator) -> None:
+        self.t, self.generator, self.size = t, generator, t[0].numel()
+
+    def least(self, of: Of, kept: int) -> Tensor:
+        return torch.stack([s.kthvalue(s.numel() - kept + 1).values for s in of(self.t).flatten(1).abs()])
+
+    def sums(self, of: Of) -> Tensor:
+        return of(self.t)
+
+    def draws(self, t: Tensor) -> Tensor:
+        return torch.rand(t.shape, generator=self.generator)
 
 
 Rule = Callable[[Tensor, Tensor, Options], Tensor]
@@ -125,25 +171,32 @@ def shares(w: Tensor) -> Tensor:
     return w / w.sum()
 
 
-def largest(t: Tensor, density: float) -> Tensor:
-    """This share of each tensor's numbers by magnitude; the rest zero."""
-    kept = int(density * t[0].numel())
-    if kept >= t[0].numel():
-        return t
+def itself(t: Tensor) -> Tensor:
+    return t
+
+
+def largest(t: Tensor, density: float, o: Options, of: Of = itself) -> Tensor:
+    """This share of each tensor's numbers by magnitude; the rest zero.
+
+    Args:
+        of: what is made of the tensors before.
+    """
+    whole, made = o.seen(t), of(t)
+    kept = int(density * whole.size)
+    if kept >= whole.size:
+        return made
     if kept == 0:
-        return torch.zeros_like(t)
-    flat = t.flatten(1)
-    sizes = flat.abs()
-    least = torch.stack([s.kthvalue(s.numel() - kept + 1).values for s in sizes])
-    return torch.where(sizes >= least[:, None], flat, 0).view_as(t)
+        return torch.zeros_like(made)
+    least = whole.least(of, kept).view(-1, *(1 for _ in made.shape[1:]))
+    return torch.where(made.abs() >= least, made, 0)
 
 
-def drawn(t: Tensor, density: float, generator: torch.Generator) -> Tensor:
+def drawn(t: Tensor, o: Options) -> Tensor:
     """Each number with this chance, and divided by it (DARE)."""
-    if density >= 1:
+    if o.density >= 1:
         return t
-    kept = torch.rand(t.shape, generator=generator).to(t.device) < density
-    return torch.where(kept, t / density, 0) if density else torch.zeros_like(t)
+    kept = o.seen(t).draws(t).to(t.device) < o.density
+    return torch.where(kept, t / o.density, 0) if o.density else torch.zeros_like(t)
 
 
 def agreeing(t: Tensor, w: Tensor, method: str) -> Tensor:
@@ -181,13 +234,13 @@ def cat(t: Tensor, w: Tensor, o: Options) -> Tensor:
 )
 def ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Trim to the largest numbers, elect a sign, and average who agrees with it."""
-    return agreeing(largest(t, o.density), w, o.majority_sign_method)
+    return agreeing(largest(t, o.density, o), w, o.majority_sign_method)
 
 
 @rule("dare_linear", "factors", "2311.03099", "sum_i w_i drop(t_i)", svd=True, prunes=True)
 def dare_linear(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Drop numbers at random, scale up the rest, and sum."""
-    return linear(drawn(t, o.density, o.generator), w, o)
+    return linear(drawn(t, o), w, o)
 
 
 @rule(
@@ -201,13 +254,13 @@ def dare_linear(t: Tensor, w: Tensor, o: Options) -> Tensor:
 )
 def dare_ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Drop numbers at random, scale up the rest, elect a sign, and average who agrees with it."""
-    return agreeing(drawn(t, o.density, o.generator), w, o.majority_sign_method)
+    return agreeing(drawn(t, o), w, o.majority_sign_method)
 
 
 @rule("magnitude_prune", "factors", "2306.01708", "sum_i w_i trim(t_i)", svd=True, prunes=True)
 def magnitude_prune(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Trim to the largest numbers, and sum."""
-    return linear(largest(t, o.density), w, o)
+    return linear(largest(t, o.density, o), w, o)
 
 
 # ---- ours ---------------------------------------------------------------------------------------------------------------
@@ -266,7 +319,7 @@ def kept_by_rank(t: Tensor, o: Options) -> Tensor:
     ranks = t.abs().argsort(-1).argsort(-1).to(t.dtype)
     spread = o.epsilon * (ranks / max(width - 1, 1) - 0.5)
     chance = (o.density + spread).clamp(1e-6, 1)
-    kept = torch.rand(t.shape, generator=o.generator).to(t.device) < chance
+    kept = o.seen(t).draws(t).to(t.device) < chance
     return torch.where(kept, t / chance, 0)
 
 
@@ -292,7 +345,7 @@ def della(t: Tensor, w: Tensor, o: Options) -> Tensor:
 
 def crumbs(t: Tensor, o: Options) -> Tensor:
     """The share ``density`` of each tensor by magnitude, below the share ``gamma`` of outliers."""
-    return largest(t, min(o.density + o.gamma, 1)) - largest(t, o.gamma)
+    return largest(t, min(o.density + o.gamma, 1), o) - largest(t, o.gamma, o)
 
 
 @rule("breadcrumbs", "delta", "2312.06795", "sum_i w_i crumbs(D_i)", svd=True, prunes=True)
@@ -315,6 +368,11 @@ def breadcrumbs_ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
     return agreeing(crumbs(t, o), w, o.majority_sign_method)
 
 
+def spread(t: Tensor) -> Tensor:
+    """How much the adapters differ in each number, as one tensor."""
+    return t.var(0).unsqueeze(0)
+
+
 @rule(
     "sce",
     "delta",
@@ -327,8 +385,14 @@ def sce(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Select numbers in which the adapters differ most, weigh each adapter by its energy there, erase the minority's signs."""
     if len(t) == 1:
         return t[0] * shares(w).to(t)
-    chosen = t * (largest(t.var(0).unsqueeze(0), o.density) != 0)
-    energy = w.to(t) * chosen.flatten(1).square().sum(1)
+
+    def select(t: Tensor) -> Tensor:
+        return t * (largest(t, o.density, o, spread) != 0)
+
+    def energies(t: Tensor) -> Tensor:
+        return select(t).flatten(1).square().sum(1)
+
+    chosen, energy = select(t), w.to(t) * o.seen(t).sums(energies)
     total = energy.sum()
     parts = weighted(chosen, energy / total if total > 0 else torch.zeros_like(energy))
     sign = torch.where(parts.sum(0) >= 0, 1, -1)

@@ -26,6 +26,7 @@ from .adapter_of import config_for, put
 from .arithmetic import COMBINATIONS, DENSITY, Combination, Options, combination, linear
 from .cutting import cut
 from .effects import Effect, Key, Tokens, Update, base_and_configs, effects, nothing
+from .slicing import Sliced, by_slices
 
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
@@ -137,8 +138,13 @@ def combined(
     rank: float | None,
     clamp: float | None,
     seed: int | None,
+    sliced: bool = False,
 ) -> Effect:
-    """One effect of several."""
+    """One effect of several.
+
+    Args:
+        sliced: what they do to weights is not held where it has no factors.
+    """
 
     def at(name: str) -> tuple[Tensor, Options]:
         w = torch.tensor([float(x) for x in _weights_at(weights, name, len(found))], dtype=torch.float64)
@@ -152,11 +158,17 @@ def combined(
         w, o = at(name)
         return chosen.rule(torch.stack([torch.zeros_like(like) if t is None else t.to(like) for t in given]), w.to(like), o)
 
+    def of_module(name: str, given: Sequence[Tensor | Sliced | None]) -> Tensor | Sliced | None:
+        like = next((t for t in given if isinstance(t, Sliced)), None)
+        if like is None:
+            return tensors(name, given)  # type: ignore[arg-type]
+        return _in_slices([like.zeros() if t is None else Sliced.of(t) for t in given], *at(name), chosen)
+
     result = Effect(ties=any(e.ties for e in found))
     for key in _keys([e.weights for e in found]):
         known = next(e.weights[key] for e in found if key in e.weights)
         updates = [e.weights.get(key) or nothing(known.name, known.site) for e in found]
-        update = combined_at(updates, *at(known.name), chosen)
+        update = combined_at(updates, *at(known.name), chosen, sliced)
         if rank is not None:
             update, _ = cut(update, rank, clamp)
         update.bias = tensors(known.name, [u.bias for u in updates])
@@ -169,7 +181,8 @@ def combined(
         result.tokens[path] = _tokens(path, [e.tokens.get(path) for e in found], tensors)
     for path in _keys([e.modules for e in found]):
         inside = [e.modules.get(path, {}) for e in found]
-        changes = {name: tensors(f"{path}.{name}".rpartition(".")[0], [i.get(name) for i in inside]) for name in _keys(inside)}
+        names = {name: f"{path}.{name}".rpartition(".")[0] for name in _keys(inside)}
+        changes = {name: of_module(known, [i.get(name) for i in inside]) for name, known in names.items()}
         result.modules[path] = {name: t for name, t in changes.items() if t is not None}
     return result
 
@@ -190,10 +203,10 @@ def _tokens(path: str, given: Sequence[Tokens | None], tensors: Any) -> Tokens:
     return Tokens(known.site, indices, tensors(path, spread))
 
 
-def combined_at(updates: Sequence[Update], w: Tensor, o: Options, chosen: Combination) -> Update:
+def combined_at(updates: Sequence[Update], w: Tensor, o: Options, chosen: Combination, sliced: bool = False) -> Update:
     """One update of several at the same weight; its bias is left out."""
     name, site = updates[0].name, updates[0].site
-    thin = all(u.dense is None for u in updates)
+    thin = all(u.a is not None for u in updates)
     if chosen.space == "factors" and all(u.free for u in updates):
         return _by_factors(updates, w, o, chosen)
     is_sum = chosen.space == "sum" or chosen.rule is linear
@@ -208,10 +221,25 @@ def combined_at(updates: Sequence[Update], w: Tensor, o: Options, chosen: Combin
         found = _aligned(updates, w, o, chosen)
     elif chosen.space == "core" or (chosen.space == "invariant" and thin):
         found = _in_core(updates, w, o, chosen)
+    elif sliced:
+        return Update(name, site, sliced=_in_slices([u.slices() for u in updates], w, o, chosen))
     else:
         stacked = torch.stack([u.matrix() for u in updates])
         return Update(name, site, dense=chosen.rule(stacked, w.to(stacked), o))
     return found if thin else Update(name, site, dense=found.matrix())
+
+
+def _in_slices(given: Sequence[Sliced], w: Tensor, o: Options, chosen: Combination) -> Sliced:
+    """The rule on tensors that are not held."""
+    stacked = Sliced(given[0].shape, lambda piece: torch.stack([each.make(piece) for each in given]))
+    if chosen.space != "invariant":
+        return by_slices(chosen.rule, len(given), stacked, w, o)
+    # All that such a rule sees of the tensors are their inner products; coordinates that have the same stand for them.
+    products = torch.stack([precise(t.flatten(1)) @ precise(t.flatten(1)).mT for t in stacked]).sum(0)
+    squares, directions = torch.linalg.eigh(products)
+    points = directions * squares.clamp_min(0).sqrt() * (products.diagonal() > 0).unsqueeze(1)
+    found = chosen.rule(points, w.to(points), o)
+    return by_slices(linear, len(given), stacked, torch.linalg.pinv(points.mT) @ found, o)
 
 
 def _by_factors(updates: Sequence[Update], w: Tensor, o: Options, chosen: Combination) -> Update:

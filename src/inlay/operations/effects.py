@@ -18,16 +18,19 @@ from ..core.additive import Additive, LowRank
 from ..core.config import PeftConfig
 from ..core.inlaid import places, session_of
 from ..core.method import biased, folded, full
+from ..core.part import Parts, axes_apart
 from ..core.place import Place
 from ..core.plan import Biases
 from ..core.retrained import AnyPlace, Retrained
 from ..core.site import Embedding, Site
 from ..core.targets import tied_paths
 from ..core.tied import Tied
+from ..formats.packed import slices
 from ..methods.alora import ALora
 from ..methods.conditioned import Conditioned
 from ..methods.lora import LoraConfig
 from ..methods.trainable_tokens import TrainableTokensConfig
+from .slicing import Sliced
 
 # The host's name and the weight's.
 Key = tuple[str, str]
@@ -39,8 +42,10 @@ class Update:
 
     Attributes:
         name: the weight's, as patterns see it.
-        a, b, scale: ``scale * B A`` is added, with ``a (*batch, r, in)`` and ``b (*batch, out, r)``; None where `dense` is.
-        dense: the matrix that is added, ``(*batch, out, in)``.
+        a, b, scale: ``scale * B A`` is added, with ``a (*batch, r, in)`` and ``b (*batch, out, r)``; None where the
+            method has no factors.
+        dense: else the matrix that is added, ``(*batch, out, in)``.
+        sliced: else the same where it is not held.
         bias: what is added to the bias, ``(channels,)``; None where that is nothing.
         free: A and B are what LoRA trains.
     """
@@ -53,6 +58,7 @@ class Update:
     dense: Tensor | None = None
     bias: Tensor | None = None
     free: bool = False
+    sliced: Sliced | None = None
 
     @property
     def rank(self) -> int | None:
@@ -60,10 +66,21 @@ class Update:
         return None if self.a is None else self.a.shape[-2]
 
     def matrix(self) -> Tensor:
+        if self.sliced is not None:
+            return self.sliced.whole()
         if self.dense is not None:
             return self.dense
         a, b = self.factors()
         return b @ a
+
+    def slices(self) -> Sliced:
+        """The matrix in slices: rows of it, or matrices of a stack."""
+        if self.sliced is not None:
+            return self.sliced
+        if self.dense is not None:
+            return Sliced.of(self.dense)
+        a, b = self.factors()
+        return Sliced((*b.shape[:-1], a.shape[-1]), lambda piece: b[piece] @ (a[piece] if a.ndim > 2 else a))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B with the scale in B; a dense matrix beside the identity on its shorter side."""
@@ -114,13 +131,16 @@ class Effect:
     weights: dict[Key, Update] = field(default_factory=dict)
     biases: dict[Key, Tensor] = field(default_factory=dict)
     tokens: dict[str, Tokens] = field(default_factory=dict)
-    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    modules: dict[str, dict[str, Tensor | Sliced]] = field(default_factory=dict)
     ties: bool = False
 
 
 @torch.no_grad()
-def update_of(p: Adapter) -> Update:
+def update_of(p: Adapter, sliced: bool = False) -> Update:
     """What an adapter adds at its weight, at the strength that it has.
+
+    Args:
+        sliced: in slices where it has no factors, and can be taken to pieces.
 
     Raises:
         TypeError: the method is no function of the weight; the message says why.
@@ -139,15 +159,47 @@ def update_of(p: Adapter) -> Update:
             a, b = method.factors(p)
             free = isinstance(method, LoraConfig) and type(method).factors is LoraConfig.factors
             return Update(p.path, site, full(a).detach(), full(b).detach(), method.scaling * strength, None, bias, free)
-        return Update(p.path, site, dense=strength * full(method.delta(p)).detach(), bias=bias)
-    w, b0 = site.read()
-    w, b0 = full(w), None if b0 is None else full(b0)
+
+        def added(p: Any) -> Tensor:
+            return strength * full(p.method.delta(p)).detach()
+
+        parts = _parts(p) if sliced else None
+        if parts is None:
+            return Update(p.path, site, dense=added(p), bias=bias)
+        return Update(p.path, site, bias=bias, sliced=Sliced(site.shape, lambda piece: added(parts[piece])))
     if isinstance(method, Conditioned) and type(method).fold is Conditioned.fold:
-        a, b = method.factors(p, w)
+        a, b = method.factors(p, full(site.read()[0]))
         return Update(p.path, site, full(a).detach(), full(b).detach(), strength, bias=_bias_alone(p))
-    new, bias = folded(p, w, biased(p, b0))
-    change = None if bias is None else bias.detach() - (0 if b0 is None else b0)
-    return Update(p.path, site, dense=(new - w).detach(), bias=change if change is not None and change.any() else None)
+    parts = _parts(p) if sliced else None
+    if parts is None:
+        change, bias = _changed(p)
+        return Update(p.path, site, dense=change, bias=bias if bias is not None and bias.any() else None)
+    found = Sliced(site.shape, lambda piece: _changed(parts[piece])[0])
+    return Update(p.path, site, bias=_changed_bias(parts, site), sliced=found)
+
+
+def _parts(p: Adapter) -> Parts | None:
+    axis = "batch" if p.site.batch else "out"
+    return Parts(p, axis) if axis in axes_apart(p) else None
+
+
+def _changed(p: Adapter) -> tuple[Tensor, Tensor | None]:
+    """What folding does to weight and bias."""
+    w, b = p.site.read()
+    w, b = full(w), None if b is None else full(b)
+    new, bias = folded(p, w, biased(p, b))
+    return (new - w).detach(), None if bias is None else bias.detach() - (0 if b is None else b)
+
+
+def _changed_bias(parts: Parts, site: Site) -> Tensor | None:
+    found: list[Tensor] = []
+    for piece in slices(site.shape):
+        _, bias = _changed(parts[piece])
+        if bias is None:
+            return None
+        found.append(bias)
+    bias = found[0] if site.batch else torch.cat(found)
+    return bias if bias.any() else None
 
 
 def _bias_alone(p: Adapter) -> Tensor | None:
@@ -163,17 +215,18 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def effects(base: nn.Module, names: Sequence[str], among: Sequence[AnyPlace] | None = None) -> list[Effect]:
+def effects(base: nn.Module, names: Sequence[str], among: Sequence[AnyPlace] | None = None, sliced: bool = False) -> list[Effect]:
     """What each of these adapters does, told in one way: what one of them retrains as a whole, all of them retrain.
 
     Args:
         among: only at these places.
+        sliced: what they do to weights is not held where it has no factors, see `update_of`.
 
     Raises:
         TypeError: a method is no function of the weight.
     """
     ties = _all_follow_ties(base, names)
-    found = [_effect(base, name, ties, list(places(base)) if among is None else among) for name in names]
+    found = [_effect(base, name, ties, list(places(base)) if among is None else among, sliced) for name in names]
     whole = {path for e in found for path in e.modules}
     adapted = {path for e in found for path, _ in e.weights}
     keys = {key for e in found for key in e.weights}
@@ -205,14 +258,14 @@ def _all_follow_ties(base: nn.Module, names: Sequence[str]) -> bool:
     return True
 
 
-def _effect(base: nn.Module, name: str, ties: bool, among: Sequence[AnyPlace]) -> Effect:
+def _effect(base: nn.Module, name: str, ties: bool, among: Sequence[AnyPlace], sliced: bool) -> Effect:
     effect = Effect()
     for place in among:
         p = place.adapters.get(name)
         if p is None:
             continue
         if isinstance(place, Retrained):
-            effect.modules[place.path] = _changes(place, p)
+            effect.modules[place.path] = _changes(place, p, sliced)
         elif isinstance(p, Adapter):
             method, key = p.method, (place.path, place.name)
             if isinstance(method, Tied) and ties:
@@ -229,7 +282,7 @@ def _effect(base: nn.Module, name: str, ties: bool, among: Sequence[AnyPlace]) -
                 a, b = _tokens(method._of, method._of.method).update(p.path).factors()
                 effect.weights[key] = Update(p.path, p.site, b.mT, a.mT)
             else:
-                effect.weights[key] = update_of(p)
+                effect.weights[key] = update_of(p, sliced)
     return effect
 
 
@@ -239,9 +292,15 @@ def _tokens(p: Adapter, method: TrainableTokensConfig) -> Tokens:
     return Tokens(p.site, list(method.token_indices), float(p.strength) * (full(p.trainable_tokens_delta).detach() - own))
 
 
-def _changes(place: Retrained, copied: nn.Module) -> dict[str, Tensor]:
+def _changes(place: Retrained, copied: nn.Module, sliced: bool) -> dict[str, Tensor | Sliced]:
     own = own_tensors(place)
-    return {k: full(t).detach() - full(own[k]).detach() for k, t in copied.state_dict(keep_vars=True).items() if t.is_floating_point()}
+
+    def change(new: Tensor, old: Tensor) -> Tensor | Sliced:
+        if sliced and new.ndim > 1:
+            return Sliced(new.shape, lambda rows: full(new[rows]).detach() - full(old[rows]).detach())
+        return full(new).detach() - full(old).detach()
+
+    return {k: change(t, own[k]) for k, t in copied.state_dict(keep_vars=True).items() if t.is_floating_point()}
 
 
 def own_tensors(place: Retrained) -> dict[str, Tensor]:

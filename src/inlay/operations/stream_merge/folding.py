@@ -13,10 +13,12 @@ from ...core.adapter import Adapter
 from ...core.method import biased, full
 from ...core.place import Place
 from ...core.retrained import AnyPlace, Retrained
+from ...formats.packed import slices
 from ..combine import combined
 from ..disk_base import Group
 from ..effects import Effect, effects
-from .pieces import Pieces, across, lying, of_adapter, of_update
+from ..slicing import Sliced
+from .pieces import AddingSliced, Pieces, across, along, lying, of_adapter, of_update
 from .plan import Combining, Plan, Unit
 
 
@@ -108,6 +110,9 @@ class Folds:
             return None
         if self.effect is not None:
             update = self.effect.weights.get((place.path, place.name))
+            if update is not None and update.sliced is not None and lies.axis == "in":
+                dtype = torch.float32 if packs else self.plan.dtype(place.site.dtype)
+                return Pieces(place, lies, [along(lies, place, [("out", [AddingSliced(update.sliced)])], dtype)])
             return Pieces(place, lies, [] if update is None else [of_update(update, lies.axis)])
         adapters = [place.adapters[n] for n in place.here(self.plan.order)]
         steps = [of_adapter(p, lies.axis) for p in adapters]
@@ -161,13 +166,20 @@ class Folds:
         for key, change in self.effect.modules.get(place.path, {}).items():
             module = place.module.get_submodule(key.rpartition(".")[0])
             own: Any = (module._parameters | module._buffers)[key.rpartition(".")[2]]
-            found[prefix + key] = (full(own) + change).to(plan.dtype(own.dtype))
+            dtype = plan.dtype(own.dtype)
+            if isinstance(change, Sliced):
+                found[prefix + key] = made = torch.empty(own.shape, dtype=dtype)
+                for rows in slices(own.shape):
+                    made[rows] = full(own[rows]) + change.make(rows)
+            else:
+                found[prefix + key] = (full(own) + change).to(dtype)
         return found
 
 
 def one_change(plan: Plan, unit: Unit, by: Combining) -> Effect:
     """What all adapters of a unit amount to where they become one change first."""
-    effect = combined(effects(plan.base.model, plan.order, unit.places), by.weights, by.chosen, by.options, None, None, by.seed)
+    found = effects(plan.base.model, plan.order, unit.places, sliced=True)
+    effect = combined(found, by.weights, by.chosen, by.options, None, None, by.seed, sliced=True)
     for path, tokens in effect.tokens.items():
         effect.weights[path, tokens.site.name] = tokens.update(path)
     return effect

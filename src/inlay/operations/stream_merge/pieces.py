@@ -18,6 +18,7 @@ from ...core.site import Embedding, Linear, Site, Stack, TransposedLinear
 from ...formats import streaming
 from ...formats.packed import Packed, slices
 from ..effects import Update
+from ..slicing import Sliced
 from .plan import Plan
 
 # Layouts whose weight is a matrix, or a stack of matrices, and nothing else.
@@ -146,6 +147,16 @@ class AddingDense:
         return w.add_(self.change[..., piece] if self.axis == "in" else self.change[piece]), b
 
 
+class AddingSliced:
+    """``w + d``, in place, of what is not held, by the slices in which it is made."""
+
+    def __init__(self, change: Sliced) -> None:
+        self.change = change
+
+    def fold(self, w: Tensor, b: Tensor | None, piece: slice) -> tuple[Tensor, Tensor | None]:
+        return w.add_(self.change.make(piece)), b
+
+
 class Made:
     """What has been made of a whole weight before, in rows as it lies."""
 
@@ -170,12 +181,21 @@ def across(place: Place, adapters: Sequence[Adapter], lies: Lying, dtype: torch.
     rounds = [(other, adapters)]
     if any(other not in axes_apart(p) for p in adapters):
         rounds, dtype = [(axes_apart(p)[0], [p]) for p in adapters], torch.float32
+    return along(lies, place, [(axis, [Folding(p, axis) for p in some]) for axis, some in rounds], dtype)
+
+
+def along(lies: Lying, place: Place, rounds: Sequence[tuple[str, Sequence[Step]]], dtype: torch.dtype) -> Made:
+    """What steps make of a weight, round after round, in pieces along the axis of each. The weight is held in memory.
+
+    Args:
+        dtype: in which it is held.
+    """
     made = torch.empty(lies.shape, dtype=dtype)
     for rows in slices(lies.shape, lies.together):
         made[rows] = lies.read(rows)
     matrix, bias = lies.matrix(made), place.site.bias()
-    for axis, some in rounds:
-        at, steps, before = PLACES[axis], [Folding(p, axis) for p in some], None if bias is None else full(bias)
+    for axis, steps in rounds:
+        at, before = PLACES[axis], None if bias is None else full(bias)
         found: list[Tensor] = []
         for piece in slices(matrix.shape if axis == "out" else matrix.mT.shape):
             part = matrix.narrow(at, piece.start, piece.stop - piece.start)
@@ -200,6 +220,8 @@ def of_adapter(p: Adapter, axis: str) -> Step | None:
 
 def of_update(update: Update, axis: str) -> Step:
     """What several adapters that have become one change add. (Its bias is left out.)"""
+    if update.sliced is not None:
+        return AddingSliced(update.sliced)
     if update.dense is not None:
         return AddingDense(full(update.dense), axis)
     a, b = update.factors()

@@ -2,105 +2,32 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ...auto import AUTO_CLASSES
 from ...core.adapter import Adapter
 from ...core.attach import attach
-from ...core.config import nearest
 from ...core.inlaid import places
 from ...core.place import Place
 from ...core.plan import Biases
 from ...core.retrained import AnyPlace, Retrained
 from ...core.targets import base_modules
 from ...core.tied import Tied
-from ...formats.packed import READABLE, Packed
 from ...formats.slots import Slot, embedding_leaves, key_in_file, named_in_file, said_twice, slots
-from ...formats.streaming import DTYPES, NAMES, Checkpoint, Entry, Files, Planned, Shard
+from ...formats.streaming import Files
 from ...methods.banks import Corners
-from ..arithmetic import DENSITY, Combination, Options, combination
+from ..arithmetic import DENSITY, Options, combination
 from ..combine import _check as check_combination
-from ..dequantize import BASES
-from ..disk_base import PACKED, DiskBase, Group, open_checkpoint, quantisation, quantised, read_config
-from ..replicate import blocks_of, replicated
 from .adapters import AdapterFile, Given
+from .base import chosen_folder, open_base
+from .change import Change, Combining, Rounding, Unit
+from .layout import Layout
 
 
-@dataclass
-class Change:
-    """What becomes of one weight.
-
-    Attributes:
-        name: in the model.
-        how: the methods that act on it, in order; or what else happens.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    how: str
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """What quantising a merged weight again lost, in squares of norms."""
-
-    error: float
-    weight: float
-    change: float
-
-    @property
-    def of_weight(self) -> float:
-        """The error as a share of the weight."""
-        return (self.error / max(self.weight, 1e-30)) ** 0.5
-
-    @property
-    def of_change(self) -> float:
-        """The error as a share of what the adapters changed."""
-        return (self.error / max(self.change, 1e-30)) ** 0.5
-
-    @staticmethod
-    def total(all_of_them: Iterable[Rounding]) -> Rounding:
-        found = list(all_of_them)
-        return Rounding(sum(r.error for r in found), sum(r.weight for r in found), sum(r.change for r in found))
-
-
-@dataclass(frozen=True)
-class Combining:
-    """How several adapters become one change."""
-
-    chosen: Combination
-    weights: list[float]
-    options: Options
-    seed: int | None
-
-    def fingerprint(self) -> list[Any]:
-        o = self.options
-        return [self.chosen.name, self.weights, o.density, o.majority_sign_method, o.gamma, o.epsilon, self.seed]
-
-
-@dataclass(eq=False)
-class Unit:
-    """Weights that have to be computed together, and the tensors of the files that they are made of.
-
-    Attributes:
-        new: names of tensors that the base's files do not have.
-        marks: what it has in common with places and groups that belong to it.
-    """
-
-    places: list[AnyPlace] = field(default_factory=list)
-    groups: list[Group] = field(default_factory=list)
-    new: list[str] = field(default_factory=list)
-    marks: set[Any] = field(default_factory=set)
-
-
-class Plan:
+class Plan(Layout):
     """A merge that is planned to the last byte, and can be looked at before it is run.
 
     Args:
@@ -113,7 +40,9 @@ class Plan:
             ``"requantized"`` quantises changed weights again, ``"original"`` takes the weights of another folder.
         original: the folder of the weights from before the base was quantised.
         combine: how several become one change of the base (see `COMBINATIONS`); where None, they act one after another. No rank is
-            cut off, also where the combination's name ends in ``svd``: a dense weight holds all of it.
+            cut off, also where the combination's name ends in ``svd``: a dense weight holds all of it. Changes are made some rows at
+            a time, in as many passes as the rule has to know of all of them. Whole are those of methods that cannot be taken to
+            pieces, of ``knots`` and ``core_ties`` where an adapter has no factors, and copies of retrained modules.
         density, majority_sign_method, seed: of the combination, see `add_weighted_adapter`.
 
     Attributes:
@@ -143,8 +72,7 @@ class Plan:
         seed: int | None = None,
     ) -> None:
         self.files, self.out_dtype, self.base_dtype = Files(), out_dtype, base_dtype
-        self.folder = self.named = Path(base)
-        self.config_changes: dict[str, Any] = {}
+        self.named = Path(base)
         self.rounding: dict[str, Rounding] = {}
         if weights is not None and len(weights) != len(adapters):
             raise ValueError(f"{len(adapters)} adapters need as many weights, not {len(weights)}.")
@@ -155,130 +83,23 @@ class Plan:
             check_combination([str(a) for a in adapters], strengths, chosen, density, majority_sign_method)
             options = Options(DENSITY if density is None else density, majority_sign_method)
             self.combining, strengths = Combining(chosen, strengths, options, seed), [1.0] * len(adapters)
-        self.config = self._choose_base(original)
+        self.folder = chosen_folder(self.named, base_dtype, original)
         names = ["default", *(f"adapter{i}" for i in range(1, len(adapters)))]
         self.adapters = [AdapterFile(str(a), n, w, self.files) for a, n, w in zip(adapters, names, strengths, strict=True)]
-        self.base = self._open_base()
+        opened = open_base(self.folder, self.adapters, self.files)
+        self.base, self.checkpoint, self.model_class = opened.base, opened.checkpoint, opened.model_class
+        self.resized, self.config, self.config_changes = opened.resized, opened.config, opened.config_changes
+        if base_dtype == "dequantized":
+            self.config_changes["quantization_config"] = None
         self.slots: dict[int, list[tuple[Slot, AdapterFile, str]]] = {}
         for adapter in self.adapters:
             self._attach(adapter)
         self.following, self.untied = self._ties()
         self.units = self._units()
-        self.sources: dict[str, Entry] = {}
-        # Tensors that stand for others only in the dtype that they have.
-        self.in_codes: set[str] = set()
+        self.sources, self.in_codes = {}, set()
         self.shards, self.where = self._layout()
         self.size = sum(shard.size for shard in self.shards.values())
         self.changes = list(self._changes())
-
-    def _choose_base(self, original: str | Path | None) -> dict[str, Any]:
-        """Whose weights are taken; returns the content of their config.json."""
-        if self.base_dtype not in (None, *BASES):
-            ways = ", ".join(map(repr, BASES))
-            raise ValueError(f"base_dtype={self.base_dtype!r} is not one of {ways}.{nearest(str(self.base_dtype), BASES)}")
-        config = read_config(self.folder)
-        how = quantisation(config)
-        if how is None and self.base_dtype is not None:
-            raise ValueError(f"{self.folder} is not quantised, so there is nothing to choose; leave {self.base_dtype!r} out.")
-        if original is not None and self.base_dtype != "original":
-            raise ValueError("Another folder's weights are taken only if the base's dtype is 'original'.")
-        if how is None:
-            return config
-        if how not in READABLE and self.base_dtype != "original":
-            raise ValueError(quantised(self.folder, how))
-        if self.base_dtype is None:
-            raise ValueError(
-                f"{self.folder} is quantised ({how}). Say what to merge into (--base-dtype): 'dequantized' writes dense weights, "
-                "'requantized' rounds changed weights again, 'original' takes the weights from before (--original)."
-            )
-        if self.base_dtype != "original":
-            if self.base_dtype == "dequantized":
-                self.config_changes["quantization_config"] = None
-            return config
-        if original is None:
-            raise ValueError(f"Which weights {self.folder} was made of is not known; name their folder (--original).")
-        self.folder = Path(original)
-        config = read_config(self.folder)
-        if quantisation(config) is not None:
-            raise ValueError(f"{self.folder} is quantised as well; name the folder of the dense weights.")
-        return config
-
-    def _open_base(self) -> DiskBase:
-        import transformers
-        from transformers import AutoConfig
-
-        try:
-            config: Any = AutoConfig.from_pretrained(str(self.folder))
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{self.folder}: its config.json cannot be read: {' '.join(str(error).split())}") from error
-        own = (config.architectures or [""])[0]
-        configs = [a.config for a in self.adapters]
-        task = next((str(c.task_type) for c in configs if c.task_type is not None), None)
-        mapping = next((c.auto_mapping for c in configs if c.auto_mapping), None) or {}
-        named = str(mapping.get("base_model_class")) if str(mapping.get("parent_library")).startswith("transformers") else own
-        if task not in (None, "CAUSAL_LM"):
-            named = AUTO_CLASSES[str(task)]
-        cls: Any = getattr(transformers, own if task == "CAUSAL_LM" else named, None)
-        cls = cls or (transformers.AutoModelForCausalLM if task == "CAUSAL_LM" else transformers.AutoModel)
-        self.model_class = cls
-        labels = self._rows_of(("score", "classifier"))
-        if labels is not None and labels != config.num_labels and task in ("SEQ_CLS", "TOKEN_CLS"):
-            config.num_labels = labels
-
-        def build() -> nn.Module:
-            return cls.from_config(config) if cls.__name__.startswith("Auto") else cls._from_config(config)
-
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            model: Any = build()
-        self.checkpoint = Checkpoint.open(self.folder)
-        ranges = self._replication()
-        if ranges:
-            blocks = blocks_of(model)
-            self.config_changes |= replicated(model, ranges)
-            self.checkpoint = again(self.checkpoint, blocks, ranges)
-            with torch.device("meta"):
-                model = build()
-        self.checkpoint = open_checkpoint(self.checkpoint, self.config, self.files)
-        ends = [getattr(model, g, lambda: None)() for g in ("get_input_embeddings", "get_output_embeddings")]
-        paths = [p for p, m in model.named_modules() if any(m is e for e in ends)]
-        rows, text = self._rows_of(paths), config.get_text_config()
-        resized: list[str] = []
-        if rows is not None and rows != text.vocab_size:
-            # Tokens were added to the base before the adapter was made; the adapter brought their rows along.
-            text.vocab_size = self.config_changes["vocab_size"] = rows
-            resized = [f"{p}.{leaf}" for p in paths for leaf in ("weight", "bias")]
-            with torch.device("meta"):
-                model = build()
-        base = DiskBase(self.checkpoint, model, self.files, resized)
-        name = type(model).__name__
-        if name != own and task not in (None, "FEATURE_EXTRACTION"):
-            self.config_changes["architectures"] = [name]
-            if task in ("SEQ_CLS", "TOKEN_CLS"):
-                self.config_changes |= {"id2label": dict(config.id2label), "label2id": dict(config.label2id)}
-        self.resized = set(resized)
-        return base
-
-    def _replication(self) -> list[list[int]]:
-        """The ranges of blocks in which the first adapter runs through the base."""
-        found = [getattr(a.config, "layer_replication", None) for a in self.adapters]
-        late = next((a for a, ranges in zip(self.adapters[1:], found[1:], strict=True) if ranges), None)
-        if late is not None:
-            raise ValueError(f"{late.source} repeats blocks of the base (layer_replication); only the first adapter can, so name it first.")
-        if found[0]:
-            # The files are read as those of the larger model.
-            self.adapters[0].config.layer_replication = None  # type: ignore[attr-defined]
-        return found[0] or []
-
-    def _rows_of(self, paths: Sequence[str]) -> int | None:
-        """The number of rows of a weight that adapters bring: of the modules with these names, or ends of names."""
-        for adapter in self.adapters:
-            for key in adapter.keys:
-                path, _, leaf = key.replace(".base_layer", "").removeprefix("base_model.model.").rpartition(".")
-                if leaf == "weight" and any(path == p or path.endswith(f".{p}") for p in paths):
-                    return adapter.shape(key)[0]
-        return None
 
     def _attach(self, adapter: AdapterFile) -> None:
         """Set an adapter in without values, and find each of its tensors in its file."""
@@ -426,80 +247,6 @@ class Plan:
     def _at(self, name: str) -> list[AnyPlace]:
         return [place for place in places(self.base.model) if name in self.touched(place)]
 
-    # -- the output, to the byte --
-    def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return self.out_dtype if self.out_dtype is not None and dtype.is_floating_point and dtype not in PACKED else dtype
-
-    def _planned(self, key: str, dtype: torch.dtype, shape: Sequence[int]) -> Planned:
-        dtype = self.dtype(dtype)
-        return key, NAMES[dtype], tuple(shape), dtype.itemsize * torch.Size(shape).numel()
-
-    def shape(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Of a tensor of the model that the files do not have, or not in this shape."""
-        path, _, leaf = name.rpartition(".")
-        module = self.base.model.get_submodule(path)
-        own = module._parameters.get(leaf)
-        own = module._buffers[leaf] if own is None else own
-        return tuple(own.shape), own.dtype
-
-    def keeps(self, entry: Entry | None) -> bool:
-        """Whether a tensor of the base is quantised, and stays so."""
-        return isinstance(entry, Packed) and self.base_dtype == "requantized"
-
-    def written_as(self, key: str) -> list[str]:
-        """What a tensor of the base is in the output's files."""
-        entry = self.checkpoint.tensors[key]
-        return [e.key for e in entry.parts.values()] if isinstance(entry, Packed) and self.keeps(entry) else [key]
-
-    def keys_of(self, group: Group) -> list[str]:
-        """What a group is in the output's files."""
-        return [k for key in group.keys for k in self.written_as(key)]
-
-    def keys(self, unit: Unit) -> list[str]:
-        """What a unit is in the output's files."""
-        return [k for g in unit.groups for k in self.keys_of(g)] + unit.new
-
-    def _layout(self) -> tuple[dict[str, Shard], dict[str, str]]:
-        """The output's files, and in which of them each tensor is. Sets where tensors that are copied come from."""
-        planned: dict[str, list[Planned]] = {file: [] for file in self.checkpoint.files}
-        other = {g.keys[0]: self.shape(n) for u in self.units for g in u.groups for n in g.targets if n in self.resized}
-        changed = {key for unit in self.units for g in unit.groups for key in g.keys}
-        entries: list[Entry] = []
-        for key, entry in self.checkpoint.tensors.items():
-            if not (isinstance(entry, Packed) and self.keeps(entry)):
-                entries.append(entry)
-            else:
-                parts = entry.written() if key in changed else list(entry.parts.values())
-                self.in_codes |= {e.key for e in parts}
-                entries += parts
-        self.sources = {e.key: e for e in sorted(entries, key=lambda e: (e.file.name, e.start))}
-        for key, entry in self.sources.items():
-            if key not in other and not self.casts(key):
-                planned[entry.file.name].append((key, entry.dtype, entry.shape, entry.nbytes))
-            else:
-                planned[entry.file.name].append(self._planned(key, entry.torch_dtype, other[key][0] if key in other else entry.shape))
-        for unit in self.units:
-            for name in unit.new:
-                shape, dtype = self.shape(name)
-                planned[self.checkpoint.files[-1]].append(self._planned(name, dtype, shape))
-        for tensors in planned.values():
-            # Readers want each tensor to begin at a multiple of its numbers' width.
-            tensors.sort(key=lambda p: -DTYPES[p[1]].itemsize if p[1] in DTYPES else 0)
-        where = {p[0]: file for file, tensors in planned.items() for p in tensors}
-        return {f: Shard(Path(f), tensors, self._said_of(f)) for f, tensors in planned.items()}, where
-
-    def _said_of(self, file: str) -> dict[str, str]:
-        """The metadata of a file. What they say of quantised weights goes with those."""
-        said = self.checkpoint.metadata[file]
-        return said if said and self.base_dtype != "dequantized" else {"format": "pt"}
-
-    def casts(self, key: str) -> bool:
-        """Whether a tensor of the output that no adapter touches has other bytes than in the base."""
-        entry = self.sources[key]
-        if key in self.in_codes:
-            return False
-        return isinstance(entry, Packed) or (entry.dtype in DTYPES and self.dtype(DTYPES[entry.dtype]) != DTYPES[entry.dtype])
-
     def _changes(self) -> Iterator[Change]:
         for unit in self.units:
             for place in unit.places:
@@ -525,20 +272,3 @@ class Plan:
             kind = type(method).__name__ if method.peft_type is None else str(getattr(method.peft_type, "value", method.peft_type))
             named.append(kind + ("" if p.strength == 1 else f" x {p.strength:g}"))
         return " + ".join(named)
-
-
-def again(checkpoint: Checkpoint, blocks: str, ranges: Sequence[Sequence[int]]) -> Checkpoint:
-    """The files as if they had the blocks of these ranges, one after another.
-
-    Args:
-        blocks: the path of the list of blocks; files may lack its first words.
-    """
-    words = blocks.split(".")
-    starts = "|".join(re.escape(".".join(words[i:])) for i in range(len(words)))
-    order = [i for start, end in ranges for i in range(start, end)]
-    found: dict[str, Entry] = {}
-    for key, entry in checkpoint.tensors.items():
-        hit = re.match(rf"((?:{starts})\.)(\d+)(\..*)", key)
-        copies = [key] if hit is None else [f"{hit[1]}{at}{hit[3]}" for at, i in enumerate(order) if i == int(hit[2])]
-        found |= {k: replace(entry, key=k) for k in copies}
-    return replace(checkpoint, tensors=found)

@@ -1,0 +1,118 @@
+"""Tensors that are made some slices at a time, and rules of `arithmetic` on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..formats.packed import slices
+from .arithmetic import Of, Options, Rule
+
+
+@dataclass
+class Sliced:
+    """A tensor that is not held.
+
+    Attributes:
+        make: gives some slices of its first axis.
+    """
+
+    shape: Sequence[int]
+    make: Callable[[slice], Tensor]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.make, slices(self.shape))
+
+    def whole(self) -> Tensor:
+        return torch.cat(list(self))
+
+    def zeros(self) -> Sliced:
+        return Sliced(self.shape, lambda rows: torch.zeros(rows.stop - rows.start, *self.shape[1:]))
+
+    @staticmethod
+    def of(t: Tensor | Sliced) -> Sliced:
+        return t if isinstance(t, Sliced) else Sliced(t.shape, lambda rows: t[rows])
+
+
+class InSlices:
+    """What rules ask of the whole of tensors that are not held, found in passes over them; else as `arithmetic.Whole`.
+
+    Args:
+        stacked: gives slices of all of them, ``(n, slices, ...)``.
+        generator: as it is before the first draw for the whole.
+    """
+
+    def __init__(self, count: int, stacked: Sliced, generator: torch.Generator) -> None:
+        self.count, self.stacked, self.generator = count, stacked, generator
+        self.size = prod(stacked.shape)
+        self.known: dict[tuple[str, int], Tensor] = {}
+        self.generators: list[torch.Generator] = []
+
+    def least(self, of: Of, kept: int) -> Tensor:
+        """Positive numbers are in the order of their bits: those of the upper half are found first, then those of the lower."""
+        key = of.__qualname__, kept
+        if key not in self.known:
+            upper, beyond = nearest_to((bits >> 16 for bits in self._bits(of)), kept)
+            lower, _ = nearest_to((torch.where(bits >> 16 == upper, bits & 0xFFFF, -1) for bits in self._bits(of)), kept - beyond)
+            self.known[key] = (upper << 16 | lower).int().view(torch.float32)[:, 0]
+        return self.known[key]
+
+    def _bits(self, of: Of) -> Iterator[Tensor]:
+        return (of(t).flatten(1).abs().view(torch.int32) for t in self.stacked)
+
+    def sums(self, of: Of) -> Tensor:
+        key = of.__qualname__, 0
+        if key not in self.known:
+            found = [of(t) for t in self.stacked]
+            self.known[key] = torch.stack(found).sum(0, dtype=torch.float64).to(found[0])
+        return self.known[key]
+
+    def draws(self, t: Tensor) -> Tensor:
+        """For slices one after another, from the first one on."""
+        return torch.stack([torch.rand(each.shape, generator=g) for each, g in zip(t, self.generators, strict=True)])
+
+    def restart(self) -> None:
+        """Draws begin anew: those for each tensor where they would if all tensors were drawn for, one after another."""
+        going = self.generator.clone_state()
+        self.generators = []
+        for _ in range(self.count):
+            self.generators.append(going.clone_state())
+            for rows in slices((self.size,)):
+                torch.rand(rows.stop - rows.start, generator=going)
+
+
+def nearest_to(pieces: Iterable[Tensor], kept: Tensor | int) -> tuple[Tensor, Tensor]:
+    """In each row the number that has ``kept`` numbers from it upwards, and how many are above it: ``(n, 1)`` each.
+
+    Args:
+        pieces: whole numbers ``(n, any)`` in [0, 2^16), or -1 for those that do not count.
+    """
+    counts: Tensor | int = 0
+    for piece in pieces:
+        counts = counts + torch.stack([torch.bincount(row + 1, minlength=2**16 + 1)[1:] for row in piece])
+    assert isinstance(counts, Tensor)
+    upwards = counts.flip(1).cumsum(1).flip(1)
+    found = (upwards >= kept).sum(1, keepdim=True) - 1
+    return found, (upwards - counts).gather(1, found)
+
+
+def by_slices(rule: Rule, count: int, stacked: Sliced, w: Tensor, o: Options) -> Sliced:
+    """What a rule makes of tensors that are not held. Slices have to be asked for one after another, from the first one on.
+
+    Args:
+        stacked: gives slices of all of them, ``(count, slices, ...)``.
+    """
+    whole = InSlices(count, stacked, o.generator)
+    seeing = replace(o, whole=whole)
+
+    def make(rows: slice) -> Tensor:
+        if rows.start == 0:
+            whole.restart()
+        t = stacked.make(rows)
+        return rule(t, w.to(t), seeing)
+
+    return Sliced(stacked.shape, make)
