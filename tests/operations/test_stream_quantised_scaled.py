@@ -199,10 +199,10 @@ def asked(name: str) -> Any:
     quantization = pytest.importorskip("torchao.quantization")
     few: dict[int, Any] = {bits: getattr(torch, f"int{bits}") for bits in (3, 4)}
     return {
-        "int8": lambda: quantization.Int8WeightOnlyConfig(),
-        "int8 in groups": lambda: quantization.Int8WeightOnlyConfig(granularity=quantization.PerGroup(32)),
-        "int8 as one": lambda: quantization.Int8WeightOnlyConfig(granularity=quantization.PerTensor()),
-        "int8 inputs": lambda: quantization.Int8DynamicActivationInt8WeightConfig(),
+        "int8": lambda: quantization.Int8WeightOnlyConfig(version=2),
+        "int8 in groups": lambda: quantization.Int8WeightOnlyConfig(granularity=quantization.PerGroup(32), version=2),
+        "int8 as one": lambda: quantization.Int8WeightOnlyConfig(granularity=quantization.PerTensor(), version=2),
+        "int8 inputs": lambda: quantization.Int8DynamicActivationInt8WeightConfig(version=2),
         "int4 in bytes": lambda: quantization.IntxWeightOnlyConfig(few[4], quantization.PerGroup(32)),
         "int3 with zeros": lambda: quantization.IntxWeightOnlyConfig(
             few[3], quantization.PerGroup(16), mapping_type=quantization.MappingType.ASYMMETRIC
