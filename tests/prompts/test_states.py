@@ -91,7 +91,7 @@ def test_rows(model, ids):
     for row, name in enumerate("bab"):
         with model.use_adapters(name):
             assert (mixed[row] - logits(model, ids)[row]).abs().max() < 1e-5
-    twice = logits(model, ids.repeat_interleave(2, 0), adapter_names=["b", "a", "b"])
+    twice = logits(model, ids.repeat_interleave(2, 0), adapter_names=["b", "b", "a", "a", "b", "b"])
     assert (twice[::2] - mixed).abs().max() < 1e-5
     plain = model.get_base_model()(input_ids=ids).logits
     assert torch.equal(logits(model, ids, adapter_names=["__base__"] * 3), plain)
