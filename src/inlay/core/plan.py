@@ -84,9 +84,7 @@ class Plan:
         only_folds: see `Method.shared_to_fold`.
     """
 
-    def __init__(
-        self, model: nn.Module, config: PeftConfig, on_meta: bool, autocast_adapter_dtype: bool, only_folds: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, config: PeftConfig, on_meta: bool, autocast_adapter_dtype: bool, only_folds: bool = False) -> None:
         self.only_folds = only_folds
         self.model, self.config, self.on_meta, self.autocast = model, config, on_meta, autocast_adapter_dtype
         self.modules = dict(base_modules(model))

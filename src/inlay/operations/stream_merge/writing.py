@@ -123,9 +123,7 @@ class Writer:
         for key, tensor in (tensors if group is None else group.revert(tensors, base.model, base.key_of(group))).items():
             self._put_whole(key, tensor, wanted)
 
-    def _merge_in_pieces(
-        self, pieces: Pieces, name: str, group: Group | None, entry: Entry | None, wanted: set[str]
-    ) -> Tensor | None:
+    def _merge_in_pieces(self, pieces: Pieces, name: str, group: Group | None, entry: Entry | None, wanted: set[str]) -> Tensor | None:
         """Of a weight no more is in memory in full precision than some rows. Returns what becomes of the bias."""
         plan, lies, steps = self.plan, pieces.lies, pieces.steps
         site, bias = pieces.place.site, pieces.place.site.bias()
