@@ -209,3 +209,21 @@ def same_in_pieces(base: Path, folder: Path, tmp_path: Path, monkeypatch: pytest
             one, other = (t.reshape(-1).view(torch.uint8) if codes else t for t in (found[key], expected))
             assert (one.sub(other).abs() > (0 if codes else 1e-5)).float().mean() < 0.01, key
             assert codes or (one - other).abs().max() <= 2**-7 * other.abs().max(), key
+
+
+def requantised_in_pieces(base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes, and what rounding lost, are those of the whole weight, but for last digits of the products."""
+    whole = StreamMerge(base, [tuned], base_dtype="requantized")
+    expected = tensors(whole.run(tmp_path / "whole"))
+    monkeypatch.setattr(streaming, "AT_ONCE", 4 * 100)
+    pieces = StreamMerge(base, [tuned], base_dtype="requantized")
+    found = tensors(pieces.run(tmp_path / "out"))
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-8)
+        elif "quant_state" not in key:
+            assert (tensor != expected[key]).float().mean() < 0.01, key
+    for key, told in pieces.rounding.items():
+        other = whole.rounding[key]
+        assert (told.error, told.weight, told.change) == pytest.approx((other.error, other.weight, other.change), rel=1e-4)

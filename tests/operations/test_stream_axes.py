@@ -14,7 +14,7 @@ from inlay.core.method import METHODS
 from inlay.formats import streaming
 from inlay.operations.stream_merge import StreamMerge
 
-from .bases import adapter, gpt2, llama, load, saved, tensors
+from .bases import adapter, gpt2, llama, load, requantised_in_pieces, saved, tensors
 
 CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "ROAD": [("ROAD", {"group_size": 4})],
@@ -59,22 +59,8 @@ def test_in_the_pieces_of_the_method(case: str, base: str, tmp_path: Path, monke
 
 @pytest.mark.parametrize("base", BASES)
 def test_quantised_again(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Codes, and what rounding lost, are those of the whole weight, but for last digits of the products."""
     folder = tmp_path / "base"
     quantize_(load(saved(BASES[base](), tmp_path / "dense", torch.float32)), "nf4").save_pretrained(folder)
     config = METHODS["ROAD"](target_modules=TARGETS[base], group_size=4)  # type: ignore[call-arg]
     tuned = adapter(tmp_path / "dense", tmp_path / "a", config)
-    whole = StreamMerge(folder, [tuned], base_dtype="requantized")
-    expected = tensors(whole.run(tmp_path / "whole"))
-    monkeypatch.setattr(streaming, "AT_ONCE", 4 * 100)
-    pieces = StreamMerge(folder, [tuned], base_dtype="requantized")
-    found = tensors(pieces.run(tmp_path / "out"))
-    assert found.keys() == expected.keys()
-    for key, tensor in found.items():
-        if tensor.is_floating_point():
-            torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-8)
-        elif "quant_state" not in key:
-            assert (tensor != expected[key]).float().mean() < 0.01, key
-    for key, told in pieces.rounding.items():
-        other = whole.rounding[key]
-        assert (told.error, told.weight, told.change) == pytest.approx((other.error, other.weight, other.change), rel=1e-4)
+    requantised_in_pieces(folder, tuned, tmp_path, monkeypatch)

@@ -14,7 +14,7 @@ from inlay.core.method import METHODS
 from inlay.formats import streaming
 from inlay.operations.stream_merge import StreamMerge
 
-from .bases import PIECEWISE, adapter, both_ways, gpt2, in_memory, llama, load, mixtral, saved, tensors
+from .bases import PIECEWISE, adapter, both_ways, gpt2, in_memory, llama, load, mixtral, requantised_in_pieces, saved, tensors
 
 
 def test_large_weights_go_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,26 +48,12 @@ def test_rows_in_pieces(name: str, make: Any, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("name", ["LORA", "LOHA", "HRA"])
 def test_quantised_rows_in_pieces(name: str, make: Any, to: str, double: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The codes, and what rounding lost, are those of the whole weight, but for last digits of the products."""
     base = tmp_path / "base"
     quantize_(load(saved(make(), tmp_path / "dense", torch.float32)), to, double=double).save_pretrained(base)
     method, options = PIECEWISE[name]
     targets = ["q_proj", "down_proj"] if make is llama else ["c_attn", "mlp.c_proj"]
     folder = adapter(tmp_path / "dense", tmp_path / "a", METHODS[method](target_modules=targets, **options))  # type: ignore[call-arg]
-    whole = StreamMerge(base, [folder], base_dtype="requantized")
-    expected = tensors(whole.run(tmp_path / "whole"))
-    monkeypatch.setattr(streaming, "AT_ONCE", 4 * 100)
-    pieces = StreamMerge(base, [folder], base_dtype="requantized")
-    found = tensors(pieces.run(tmp_path / "out"))
-    assert found.keys() == expected.keys()
-    for key, tensor in found.items():
-        if tensor.is_floating_point():
-            torch.testing.assert_close(tensor, expected[key], rtol=1e-6, atol=1e-8)
-        elif "quant_state" not in key:
-            assert (tensor != expected[key]).float().mean() < 0.01, key
-    for key, told in pieces.rounding.items():
-        other = whole.rounding[key]
-        assert (told.error, told.weight, told.change) == pytest.approx((other.error, other.weight, other.change), rel=1e-4)
+    requantised_in_pieces(base, folder, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("cls", ["LORA", "HRA"])

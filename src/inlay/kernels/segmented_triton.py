@@ -50,7 +50,7 @@ def _shrink(
     most: tl.constexpr, tile: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     """``u[position] = F x[token]`` with the adapter's factor ``F (rank, width)``."""
-    adapter, position, inside, token = _tile(tokens, owner, first, bounds, tile)
+    adapter, position, inside, token = _tile(tokens, owner, first, bounds, tile)  # pyright: ignore[reportGeneralTypeIssues]
     rank, r = tl.load(ranks + adapter), tl.arange(0, most)
     total = tl.zeros((tile, most), dtype=sums)
     for start in range(0, width, columns):
@@ -68,7 +68,7 @@ def _expand(
     most: tl.constexpr, tile: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     """``y[token] += s F' u[position]`` with the adapter's factor ``F (rank, width)``; no token stands at two positions."""
-    adapter, position, inside, token = _tile(tokens, owner, first, bounds, tile)
+    adapter, position, inside, token = _tile(tokens, owner, first, bounds, tile)  # pyright: ignore[reportGeneralTypeIssues]
     rank, r = tl.load(ranks + adapter), tl.arange(0, most)
     k = tl.program_id(1) * columns + tl.arange(0, columns)
     low = tl.load(u + position[:, None] * most + r[None, :], mask=inside[:, None], other=0.0)
