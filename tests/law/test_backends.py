@@ -106,8 +106,9 @@ def test_forward_gradients_merge_and_restore(case: str, backend: str) -> None:
     after, own = model(x), state(place.site.module)
     assert differs(after, F.linear(x, *place.site.read()))
     place.merge(("a",))
-    assert place.rounding is not None
-    assert place.rounding[0] < loss(backend)
+    # A weight that is left as it is (BEFT's) is not rounded again.
+    assert (place.rounding is None) == torch.equal(w, place.site.read()[0].to(w.dtype))
+    assert place.rounding is None or place.rounding[0] < loss(backend)
     merged = place.site.matrix(place.site.store.read(place.site.module, "weight")).detach().float()
     is_product(model(x).detach(), backend, x, merged, None if b is None else b.detach())
     session = session_of(model)

@@ -206,7 +206,6 @@ def test_what_rounding_lost_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("into", ["dequantized", "requantized"])
 def test_what_bitsandbytes_wrote(bits: int, into: str, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     dense = saved(llama(hidden_size=64, intermediate_size=128), tmp_path / "dense", torch.float32)

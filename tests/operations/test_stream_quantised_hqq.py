@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from hqq.core import quantize  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
 from .bases import Quantised, both_dequantised, llama, quantised_by, requantised, same_in_pieces
-
-quantize = pytest.importorskip("hqq.core.quantize")
 
 
 def wide() -> Any:

@@ -196,7 +196,8 @@ def test_compressed_tensors(kind: str, tmp_path: Path) -> None:
 
 # ---- torchao ---------------------------------------------------------------------------------------------------------------------
 def asked(name: str) -> Any:
-    quantization = pytest.importorskip("torchao.quantization")
+    from torchao import quantization
+
     few: dict[int, Any] = {bits: getattr(torch, f"int{bits}") for bits in (3, 4)}
     return {
         "int8": lambda: quantization.Int8WeightOnlyConfig(version=2),

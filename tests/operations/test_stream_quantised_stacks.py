@@ -49,7 +49,6 @@ def test_our_own(to: str, into: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("into", ["dequantized", "requantized"])
 def test_bitsandbytes(into: str, tmp_path: Path) -> None:
     """Its linear layers are quantised; the stacks beside them stay dense."""
-    pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     # Its reader on CPUs takes blocks that span rows for others.

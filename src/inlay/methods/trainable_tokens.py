@@ -44,7 +44,9 @@ class TrainableTokensConfig(Method):
     equation: ClassVar[str] = "W with the columns of some tokens retrained"
     count_formula: ClassVar[str] = "len(token_indices)·dim"
     examples: ClassVar[dict[str, dict[str, Any]]] = {"": {"token_indices": [0, 4, 7]}}
-    ours: ClassVar[frozenset[str]] = Method.ours | {"layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save"}
+    ours: ClassVar[frozenset[str]] = Method.ours | {
+        "as_part", "layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save",
+    }  # fmt: skip
 
     @property
     def follows_ties(self) -> bool:
