@@ -120,6 +120,7 @@ CASES: dict[str, tuple[Any, int, dict[str, Any], str]] = {
     "wider numbers": (wide, 1, {"target_modules": MLP}, "out_dtype=torch.float32"),
     "biases": (lambda: llama(**WIDE, intermediate_size=24576, mlp_bias=True), 1, {"target_modules": MLP, "bias": "all"}, ""),
     "experts one by one": (experts, 1, EXPERTS, ""),
+    "experts one by one, reflected": (experts, 1, EXPERTS | {"method": "HRA"}, ""),
     "linear": (wide, 2, {"target_modules": MLP}, "combine='linear'"),
     "ties": (wide, 2, {"target_modules": MLP}, "combine='ties'"),
     "ties of changes": (wide, 2, {"target_modules": MLP}, "combine='ties_svd'"),

@@ -56,13 +56,14 @@ def test_quantised_rows_in_pieces(name: str, make: Any, to: str, double: bool, t
     requantised_in_pieces(base, folder, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("cls", ["LORA", "HRA"])
-def test_experts_one_by_one_in_pieces(cls: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One expert after another, and of LoRA some rows of each."""
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_experts_one_by_one_in_pieces(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One expert after another, and some rows of each."""
     base = saved(mixtral(), tmp_path / "base", save_original_format=True)
     assert any("experts.0.w1.weight" in key for key in tensors(base))
-    config = METHODS[cls](target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], target_modules=["q_proj"], r=2)  # type: ignore[call-arg]
-    folder = adapter(base, tmp_path / "a", config)
+    method, options = PIECEWISE[name]
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    folder = adapter(base, tmp_path / "a", METHODS[method](target_parameters=stacks, target_modules=["q_proj"], **options))  # type: ignore[call-arg]
     PeftModel.from_pretrained(load(base), folder).merge_and_unload().save_pretrained(tmp_path / "reference", save_original_format=True)
     monkeypatch.setattr(streaming, "AT_ONCE", 4 * 100)
     one_ulp(tensors(StreamMerge(base, [folder]).run(tmp_path / "out")), tensors(tmp_path / "reference"))

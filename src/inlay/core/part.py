@@ -25,6 +25,11 @@ def axes_apart(p: Adapter) -> tuple[str, ...]:
     return _axes(p, p.method.apart(p.site))
 
 
+def axes_within(p: Adapter) -> tuple[str, ...]:
+    """The same for a single matrix of a stack: it is a piece of the stack, which can be taken to pieces once more."""
+    return () if p.trained_bias is not None or p.site.bias() is not None else p.method.apart(p.site)
+
+
 def _axes(p: Adapter, found: tuple[str, ...]) -> tuple[str, ...]:
     return ("batch",) if found and p.site.batch else found
 
@@ -43,7 +48,7 @@ class Parts:
     `Adapter.whole`. What an additive method adds is made once and cut, where it does not follow from cut tensors.
 
     Args:
-        axis: one of `axes_apart`.
+        axis: one of `axes_apart`, or of `axes_within`.
     """
 
     def __init__(self, p: Adapter, axis: str) -> None:
@@ -51,7 +56,11 @@ class Parts:
         # What stands for the methods of an additive one, and the axes of its tensors.
         self.made: dict[str, tuple[Any, tuple[Any, ...]]] = {}
         method = p.method
-        if not isinstance(method, Additive) or axis in _axes(p, method.delta_apart(p.site)):
+        if not isinstance(method, Additive):
+            return
+        cut = method.delta_apart(p.site)
+        # Where a fold does without `delta`, there is nothing to be made of it.
+        if axis in _axes(p, cut) or (axis in cut and type(method).fold is not Additive.fold):
             return
         self.made["delta_bias"] = method.delta_bias(p), ("out",)
         if isinstance(method, LowRank) and type(method).delta is LowRank.delta:
@@ -108,4 +117,5 @@ class Parts:
         if self.axis == "batch":
             return t[piece]
         at = next((i for i, name in enumerate(axes) if name in NAMES[self.axis]), None)
-        return t if at is None else t.narrow(at, piece.start, piece.stop - piece.start)
+        # What a stack has in front of these axes stays.
+        return t if at is None else t.narrow(at - len(axes), piece.start, piece.stop - piece.start)

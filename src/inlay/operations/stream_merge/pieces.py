@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.additive import Additive, LowRank
 from ...core.method import biased, folded, full
-from ...core.part import PLACES, Parts, axes_apart
+from ...core.part import PLACES, Parts, axes_apart, axes_within
 from ...core.place import Place
 from ...core.site import Embedding, Linear, Site, Stack, TransposedLinear
 from ...formats import streaming
@@ -114,7 +114,14 @@ class Folding:
 
     def fold(self, w: Tensor, b: Tensor | None, piece: slice) -> tuple[Tensor, Tensor | None]:
         p = self.parts[piece]
+        if p.site.batch and w.ndim == 2:
+            w, b = folded(p, w.unsqueeze(0), b)
+            return w[0], b
         return folded(p, w, biased(p, b))
+
+    def within(self, matrix: int, axis: str) -> Folding:
+        """The same of one matrix of a stack."""
+        return Folding(self.parts[slice(matrix, matrix + 1)], axis)
 
 
 class Adding:
@@ -252,8 +259,9 @@ class Pieces:
     @property
     def parts_matrices(self) -> bool:
         """Whether single matrices of a stack are too large to be computed whole, and need not be."""
-        shape = self.lies.shape
-        return len(shape) > 2 and torch.Size(shape[1:]).numel() > at_once() and all(isinstance(s, Adding) for s in self.steps)
+        shape, axis = self.lies.shape, "in" if self.lies.turned else "out"
+        large = len(shape) > 2 and torch.Size(shape[1:]).numel() > at_once()
+        return large and all(isinstance(s, Adding) or (isinstance(s, Folding) and axis in axes_within(s.parts.p)) for s in self.steps)
 
 
 def fold_within(pieces: Pieces, stack: Tensor, first: int, dtype: torch.dtype) -> Tensor:
@@ -266,7 +274,7 @@ def fold_within(pieces: Pieces, stack: Tensor, first: int, dtype: torch.dtype) -
     made = stack if stack.dtype == dtype else torch.empty_like(stack, dtype=dtype)
     turned = pieces.lies.turned
     for i, matrix in enumerate(stack):
-        steps = [step.within(first + i, "in" if turned else "out") for step in pieces.steps if isinstance(step, Adding)]
+        steps = [step.within(first + i, "in" if turned else "out") for step in pieces.steps if isinstance(step, (Adding, Folding))]
         for rows in slices(matrix.shape):
             w = pieces.lies.matrix(full(matrix[rows]))
             for step in steps:
