@@ -22,17 +22,22 @@ def config() -> LoraConfig:
     return LoraConfig(r=2, target_modules=["q_proj"], target_parameters=EXPERTS)
 
 
+def merged_in_memory(tuned: Any, folder: Path, into: str) -> Any:
+    """What an adapter that does something, and is saved to a folder, makes of its base."""
+    moved(tuned)
+    tuned.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tuned.merge_and_unload(base=into)
+
+
 @pytest.mark.parametrize("into", ["dequantized", "requantized"])
 @pytest.mark.parametrize("to", ["nf4", "int8", "int4"])
 def test_our_own(to: str, into: str, tmp_path: Path) -> None:
     model = load(saved(mixtral(), tmp_path / "dense", torch.float32))
     quantize_(model, to).save_pretrained(tmp_path / "base", max_shard_size="6KB")
     tuned = get_peft_model(from_pretrained_quantized(tmp_path / "base"), config())
-    moved(tuned)
-    tuned.save_pretrained(tmp_path / "a")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = tuned.merge_and_unload(base=into)
+    expected = merged_in_memory(tuned, tmp_path / "a", into)
     merge = StreamMerge(tmp_path / "base", [tmp_path / "a"], base_dtype=into)
     out = merge.run(tmp_path / "out")
     assert len(merge.changes) == 2 * 3
@@ -56,11 +61,7 @@ def test_bitsandbytes(into: str, tmp_path: Path) -> None:
     asked: Any = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     load(dense, quantization_config=asked).save_pretrained(tmp_path / "base")
     tuned = get_peft_model(load(tmp_path / "base"), config())
-    moved(tuned)
-    tuned.save_pretrained(tmp_path / "a")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = tuned.merge_and_unload(base=into)
+    expected = merged_in_memory(tuned, tmp_path / "a", into)
     found = load(StreamMerge(tmp_path / "base", [tmp_path / "a"], base_dtype=into).run(tmp_path / "out"))
     names = [n for n, q in load(dense).named_parameters() if q.ndim > 1]
     for name in names:
