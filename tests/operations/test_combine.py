@@ -185,6 +185,20 @@ def test_knots_by_its_definition() -> None:
     close(matrix(model, "new").double(), expected, 1e-5)
 
 
+@pytest.mark.parametrize("weights", [[0.5, 0.8], [1.0, -2.0]])
+def test_core_space_by_its_definition(weights: list[float]) -> None:
+    model = linear({"r": 2}, {"r": 3})
+    deltas = [matrix(model, n).double() for n in "ab"]
+    add_weighted_adapter(model, ["a", "b"], weights, "new", "core_ties", density=0.5)
+    (a, b), (c, d) = ([t.double() for t in p.method.factors(p)] for n in "ab" for p in adapters_of(model, n))  # type: ignore[attr-defined]
+    scales = [p.method.scaling for n in "ab" for p in adapters_of(model, n)]  # type: ignore[attr-defined]
+    left = torch.linalg.svd(torch.cat([scales[0] * b, scales[1] * d], 1), full_matrices=False)[0]
+    right = torch.linalg.svd(torch.cat([a, c]), full_matrices=False)[2]
+    cores = torch.stack([left.mT @ delta @ right.mT for delta in deltas])
+    merged = COMBINATIONS["ties"].rule(cores, torch.tensor(weights), Options(density=0.5))
+    close(matrix(model, "new").double(), left @ merged @ right, 1e-5)
+
+
 def test_weights_by_layer() -> None:
     layout = BY_NAME["attention"]
     model = layout.model(torch.float32)
@@ -197,6 +211,20 @@ def test_weights_by_layer() -> None:
         close(update.matrix(), w[0] * one.weights[key].matrix() + w[1] * other.weights[key].matrix(), 1e-5)
     with pytest.raises(ValueError, match=r"No pattern of the weights matches 'host"):
         add_weighted_adapter(model, ["a", "b"], {".*out_proj": [1, 0]}, "bad", "cat")
+
+
+def test_weights_by_layer_of_one_adapter() -> None:
+    layout = BY_NAME["attention"]
+    model = layout.model(torch.float32)
+    add(model, "LORA", layout, "a", use_dora=True)
+    add_weighted_adapter(model, ["a"], {".*out_proj": [1], ".*": [1]}, "same", "cat")
+    assert adapters_of(model, "same")[0].method.use_dora  # type: ignore[attr-defined]
+    add_weighted_adapter(model, ["a"], {".*out_proj": [2], ".*": [1]}, "new", "cat")
+    one, new = effects(model, ("a", "new"))
+    for key, update in new.weights.items():
+        close(update.matrix(), (2 if "out_proj" in update.name else 1) * one.weights[key].matrix(), 1e-5)
+    with pytest.raises(ValueError, match=r"No pattern of the weights matches 'host"):
+        add_weighted_adapter(model, ["a"], {".*out_proj": [1]}, "bad", "cat")
 
 
 def test_ties_between_embedding_and_head_hold_or_are_cut() -> None:
@@ -363,6 +391,12 @@ def test_factors_are_clamped_to_a_quantile() -> None:
         (["a", "b"], [1, 1], {"combination_type": "ties", "density": -0.1}, "share in"),
         (["a", "b"], [1, 1], {"combination_type": "ties", "density": 0.5, "majority_sign_method": "x"}, "'total' or 'frequency'"),
         (["a", "b"], [1, -1], {"combination_type": "soup"}, "must be positive"),
+        (["a", "b"], [1, math.nan], {}, r"weights \[1, nan\] are not finite"),
+        (["a", "b"], [1, 1], {"svd_rank": 0}, "positive integer"),
+        (["a", "b"], [1, 1], {"svd_rank": -2}, "positive integer"),
+        (["a", "b"], [1, 1], {"svd_rank": 8.0}, r"share that is to stay, in \(0, 1\], not 8.0"),
+        (["a", "b"], [1, 1], {"svd_clamp": 1.5}, "quantile in"),
+        (["a", "b"], [1, 1], {"combination_type": "breadcrumbs", "gamma": 1.5}, "`gamma` is a share"),
         ([], [], {}, "nothing to combine"),
     ],
 )

@@ -47,10 +47,13 @@ class Options:
     Args:
         density: the share of each tensor's numbers that stays, in [0, 1].
         majority_sign_method: elect the sign of a number by its ``"total"`` over the adapters, or by their ``"frequency"``.
-        gamma: the share of the largest numbers that breadcrumbs leave out.
-        epsilon: by how much DELLA's chances to stay differ from the smallest number to the largest.
+        gamma: the share of the largest numbers that breadcrumbs leave out, in [0, 1).
+        epsilon: by how much DELLA's chances to stay differ from the smallest number to the largest; no more than the density.
         generator: of the draws.
         whole: what is to be known of all of the tensors where a rule is given slices of them; None where it is given all.
+
+    Raises:
+        ValueError: an option is none of these; the message names it.
     """
 
     density: float = 1.0
@@ -59,6 +62,17 @@ class Options:
     epsilon: float = 0.1
     generator: torch.Generator = field(default_factory=torch.Generator)
     whole: Whole | None = None
+
+    def __post_init__(self) -> None:
+        # What is no number is in no interval either.
+        if not self.density >= 0:
+            raise ValueError(f"`density` is a share in [0, 1], not {self.density!r}.")
+        if self.majority_sign_method not in ("total", "frequency"):
+            raise ValueError(f"`majority_sign_method` is 'total' or 'frequency', not {self.majority_sign_method!r}.")
+        if not 0 <= self.gamma < 1:
+            raise ValueError(f"`gamma` is a share in [0, 1), not {self.gamma!r}.")
+        if not self.epsilon >= 0:
+            raise ValueError(f"`epsilon` is a number from 0 upwards, not {self.epsilon!r}.")
 
     def seen(self, t: Tensor) -> Whole:
         return self.whole or Held(t, self.generator)
@@ -278,7 +292,8 @@ def karcher(t: Tensor, w: Tensor, o: Options) -> Tensor:
     there = lengths > 0
     if not there.any():
         return torch.zeros_like(t[0])
-    units, part = flat[there] / lengths[there, None], w[there] / w[there].sum().clamp_min(1e-12)
+    units, part, total = flat[there] / lengths[there, None], w[there], w[there].sum()
+    part = part / total if total else part
     mean = linear(units, part, o)
     # Opposite directions have no mean; start from the first, as any start would do.
     mean = mean / mean.norm() if mean.norm() > 1e-6 else units[0]
@@ -317,8 +332,9 @@ def kept_by_rank(t: Tensor, o: Options) -> Tensor:
         return t
     width = t.shape[-1]
     ranks = t.abs().argsort(-1).argsort(-1).to(t.dtype)
-    spread = o.epsilon * (ranks / max(width - 1, 1) - 0.5)
-    chance = (o.density + spread).clamp(1e-6, 1)
+    # A number that hardly ever stays would be scaled up beyond measure where it does.
+    spread = min(o.epsilon, o.density) * (ranks / max(width - 1, 1) - 0.5)
+    chance = (o.density + spread).clamp_max(1)
     kept = o.seen(t).draws(t).to(t.device) < chance
     return torch.where(kept, t / chance, 0)
 
@@ -345,7 +361,10 @@ def della(t: Tensor, w: Tensor, o: Options) -> Tensor:
 
 def crumbs(t: Tensor, o: Options) -> Tensor:
     """The share ``density`` of each tensor by magnitude, below the share ``gamma`` of outliers."""
-    return largest(t, min(o.density + o.gamma, 1), o) - largest(t, o.gamma, o)
+    whole, kept = o.seen(t), largest(t, o.density + o.gamma, o)
+    # A number that is as large as those which stay is no outlier.
+    most = whole.least(itself, int(o.gamma * whole.size) + 1).view(-1, *(1 for _ in t.shape[1:]))
+    return torch.where(t.abs() > most, 0, kept)
 
 
 @rule("breadcrumbs", "delta", "2312.06795", "sum_i w_i crumbs(D_i)", svd=True, prunes=True)
@@ -368,11 +387,6 @@ def breadcrumbs_ties(t: Tensor, w: Tensor, o: Options) -> Tensor:
     return agreeing(crumbs(t, o), w, o.majority_sign_method)
 
 
-def spread(t: Tensor) -> Tensor:
-    """How much the adapters differ in each number, as one tensor."""
-    return t.var(0).unsqueeze(0)
-
-
 @rule(
     "sce",
     "delta",
@@ -383,21 +397,28 @@ def spread(t: Tensor) -> Tensor:
 )
 def sce(t: Tensor, w: Tensor, o: Options) -> Tensor:
     """Select numbers in which the adapters differ most, weigh each adapter by its energy there, erase the minority's signs."""
-    if len(t) == 1:
-        return t[0] * shares(w).to(t)
+
+    def turned(t: Tensor) -> Tensor:
+        # An adapter of negative weight counts the other way round.
+        return weighted(t, w.sign())
+
+    def differing(t: Tensor) -> Tensor:
+        return turned(t).var(0).unsqueeze(0)
 
     def select(t: Tensor) -> Tensor:
-        return t * (largest(t, o.density, o, spread) != 0)
+        return turned(t) if o.density >= 1 else turned(t) * (largest(t, o.density, o, differing) != 0)
 
     def energies(t: Tensor) -> Tensor:
         return select(t).flatten(1).square().sum(1)
 
-    chosen, energy = select(t), w.to(t) * o.seen(t).sums(energies)
+    if len(t) == 1:
+        return turned(t)[0]
+    chosen, energy = select(t), w.abs().to(t) * o.seen(t).sums(energies)
     total = energy.sum()
-    parts = weighted(chosen, energy / total if total > 0 else torch.zeros_like(energy))
-    sign = torch.where(parts.sum(0) >= 0, 1, -1)
-    part = weighted(torch.ones_like(t), energy / total if total > 0 else energy) * (parts.sign() == sign)
-    return (parts * (parts.sign() == sign)).sum(0) / part.sum(0).clamp_min(1e-12)
+    sign = torch.where(chosen.sum(0) >= 0, 1, -1)
+    part = weighted((chosen.sign() == sign).to(t), energy / total if total > 0 else energy)
+    voices = part.sum(0)
+    return (part * chosen).sum(0) / torch.where(voices > 0, voices, 1)
 
 
 @rule("knots", "aligned", "2410.19735", "U S ties(V_1, ..., V_n), with [D_1 ... D_n] = U S [V_1 ... V_n]", prunes=True, elects=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from ..initializers.svd import precise
 from ..methods.ia3 import IA3Config
 from .adapter_of import config_for, put
 from .arithmetic import COMBINATIONS, DENSITY, Combination, Options, combination, linear
-from .cutting import cut
+from .cutting import check_rank, cut
 from .effects import Effect, Key, Tokens, Update, base_and_configs, effects, nothing
 from .slicing import Sliced, by_slices
 
@@ -80,18 +81,21 @@ def add_weighted_adapter(
     if adapter_name in configs:
         warnings.warn(f"There is an adapter {adapter_name!r} already; it stays as it is. Delete it first to combine anew.", stacklevel=2)
         return
-    _check(adapters, weights, chosen, density, majority_sign_method)
+    check_combination(adapters, weights, density)
+    options = Options(DENSITY if density is None else density, majority_sign_method, gamma, epsilon)
+    check_rank(svd_rank)
+    if svd_clamp is not None and not 0 <= svd_clamp <= 1:
+        raise ValueError(f"`svd_clamp` is a quantile in [0, 1], not {svd_clamp!r}.")
     methods = [configs[name] for name in adapters]
     if len(adapters) == 1:
         chosen, svd_rank = COMBINATIONS["cat"], svd_rank if chosen.fixed_rank else None
-        if svd_rank is None and list(_weights_at(weights, "", 1)) == [1]:
+        if svd_rank is None and all(list(_weights_at(weights, name, 1)) == [1] for name in _adapted(base, adapters[0])):
             _copy(base, adapters[0], adapter_name)
             return
     if _are_gains(base, adapters) and chosen.name in ("svd", "linear", "cat"):
         _add_gains(base, adapters, weights, adapter_name)
         return
     found = effects(base, adapters)
-    options = Options(DENSITY if density is None else density, majority_sign_method, gamma, epsilon)
     rank = svd_rank
     if rank is None and chosen.fixed_rank:
         ranks = [u.rank for e in found for u in e.weights.values()]
@@ -101,18 +105,20 @@ def add_weighted_adapter(
     _attach(base, config, adapter_name, lambda parts: put(parts, effect, base))
 
 
-def _check(adapters: Sequence[str], weights: Weights, chosen: Combination, density: float | None, sign: str) -> None:
+def check_combination(adapters: Sequence[str], weights: Weights, density: float | None) -> None:
+    """
+    Raises:
+        ValueError: there are no adapters, or not a finite weight for each.
+    """
     if not adapters:
         raise ValueError("There is nothing to combine: name at least one adapter.")
     for numbers in weights.values() if isinstance(weights, Mapping) else (weights,):
         if len(numbers) != len(adapters):
             raise ValueError(f"{len(numbers)} weights for {len(adapters)} adapters; give one a piece.")
-    if density is not None and density < 0:
-        raise ValueError(f"`density` is a share in [0, 1], not {density!r}.")
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"The weights {list(numbers)} are not finite.")
     if density is not None and density > 1:
         warnings.warn(f"The density {density} is greater than 1: nothing is pruned.", stacklevel=3)
-    if sign not in ("total", "frequency"):
-        raise ValueError(f"`majority_sign_method` is 'total' or 'frequency', not {sign!r}.")
 
 
 def _weights_at(weights: Weights, name: str, count: int) -> Sequence[float]:
@@ -127,6 +133,12 @@ def _weights_at(weights: Weights, name: str, count: int) -> Sequence[float]:
     if found is None and name:
         raise ValueError(f'No pattern of the weights matches {name!r}; end with ".*": [...] for all others.')
     return found or [0.0] * count
+
+
+def _adapted(base: nn.Module, name: str) -> list[str]:
+    """What patterns of weights see of an adapter."""
+    found = [(place.path, place.adapters[name]) for place in places(base) if name in place.adapters]
+    return [p.path if isinstance(p, Adapter) else path for path, p in found]
 
 
 # ---- the combination ------------------------------------------------------------------------------------------------------

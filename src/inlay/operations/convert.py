@@ -19,7 +19,7 @@ from ..formats.folder import write_adapter
 from ..formats.slots import PREFIX, key_in_file, slots_of_parts
 from ..methods.lora import LoraConfig
 from .adapter_of import config_for, put
-from .cutting import cut
+from .cutting import check_rank, cut
 from .effects import Update, base_and_configs, effects
 
 
@@ -64,7 +64,7 @@ def conversion(model: nn.Module, rank: float | None = None, adapter_name: str = 
         ValueError: the rank is no such number, is larger than any weight allows, or is needed.
         TypeError: the method is no function of the weight.
     """
-    _check_rank(rank)
+    check_rank(rank)
     base, configs = base_and_configs(model, (adapter_name,))
     source: Any = configs[adapter_name]
     effect = effects(base, (adapter_name,))[0]
@@ -92,14 +92,6 @@ def conversion(model: nn.Module, rank: float | None = None, adapter_name: str = 
     prefix = "" if bare_model(model) is model else PREFIX
     tensors = {key_in_file(s, prefix): s.to_file(s.tensor.detach()).contiguous() for s in slots_of_parts(parts, adapter_name)}
     return Conversion(config, tensors, layers)
-
-
-def _check_rank(rank: float | None) -> None:
-    if isinstance(rank, float):
-        if not 0 < rank <= 1:
-            raise ValueError(f"A rank that is a float is the share that is to stay, in (0, 1], not {rank}.")
-    elif rank is not None and (isinstance(rank, bool) or rank < 1):
-        raise ValueError(f"A rank is a positive integer, or a share in (0, 1], not {rank!r}.")
 
 
 def _norm(update: Update) -> float:

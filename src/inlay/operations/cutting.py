@@ -15,6 +15,18 @@ WIDE = 512
 EPS = torch.finfo(torch.float32).eps
 
 
+def check_rank(rank: float | None) -> None:
+    """
+    Raises:
+        ValueError: it is neither a rank, nor a share, nor None.
+    """
+    if isinstance(rank, float):
+        if not 0 < rank <= 1:
+            raise ValueError(f"A rank that is a float is the share that is to stay, in (0, 1], not {rank}.")
+    elif rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"A rank is a positive integer, or a share in (0, 1], not {rank!r}.")
+
+
 @torch.no_grad()
 def cut(update: Update, rank: float, clamp: float | None = None) -> tuple[Update, float]:
     """The nearest update of a rank, and the error: the norm of what is lost over the norm of all.

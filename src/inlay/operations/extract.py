@@ -19,7 +19,7 @@ from ..formats.streaming import Files
 from ..methods.lora import LoraConfig
 from .adapter_of import config_for, put
 from .convert import Converted
-from .cutting import cut
+from .cutting import check_rank, cut
 from .disk_base import DiskBase, base_on_disk
 from .effects import Effect, Update, nothing
 
@@ -69,8 +69,9 @@ def extract(
         progress: called with the number of tensors that are done, and of all.
 
     Raises:
-        ValueError: a folder cannot be read, the models are of different shapes, or they are the same.
+        ValueError: the rank is no such number, a folder cannot be read, the models are of different shapes, or they are the same.
     """
+    check_rank(rank)
     with Files() as files:
         one, other = base_on_disk(base, files), base_on_disk(tuned, files)
         return _Extractor(one, other, rank, retrain_others).run(progress)

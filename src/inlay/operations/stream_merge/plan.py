@@ -20,7 +20,7 @@ from ...formats.slots import Slot, embedding_leaves, key_in_file, named_in_file,
 from ...formats.streaming import Files
 from ...methods.banks import Corners
 from ..arithmetic import DENSITY, Options, combination
-from ..combine import _check as check_combination
+from ..combine import check_combination
 from .adapters import AdapterFile, Given
 from .base import chosen_folder, open_base
 from .change import Change, Combining, Rounding, Unit
@@ -80,7 +80,7 @@ class Plan(Layout):
         self.combining: Combining | None = None
         if combine is not None and len(adapters) > 1:
             chosen = combination(combine)
-            check_combination([str(a) for a in adapters], strengths, chosen, density, majority_sign_method)
+            check_combination([str(a) for a in adapters], strengths, density)
             options = Options(DENSITY if density is None else density, majority_sign_method)
             self.combining, strengths = Combining(chosen, strengths, options, seed), [1.0] * len(adapters)
         self.folder = chosen_folder(self.named, base_dtype, original)
