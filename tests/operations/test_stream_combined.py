@@ -101,12 +101,31 @@ def test_layouts(model: str, how: str, tmp_path: Path) -> None:
     check(tmp_path, base, folders, how)
 
 
+ONCE: dict[str, Any] = {"num_hidden_layers": 1}
+HEAD: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+WORDS: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+# The base, and what the adapters retrain or adapt.
+RETRAINED: dict[str, tuple[Callable[[], nn.Module], list[dict[str, Any]]]] = {
+    "a head": (lambda: llama(**ONCE), [HEAD, HEAD]),
+    "a tied head": (lambda: llama(**ONCE, tie_word_embeddings=True), [HEAD, HEAD]),
+    "an adapted head": (lambda: llama(**ONCE), [HEAD, {"target_modules": ["q_proj", "lm_head"]}]),
+    "adapted embeddings": (lambda: llama(**ONCE), [{"target_modules": ["embed_tokens"]}, WORDS]),
+    "tokens": (lambda: llama(**ONCE), [WORDS, {"target_modules": ["q_proj"], "trainable_token_indices": [1, 4]}]),
+    "attentions with biases": (
+        lambda: llama(**ONCE, attention_bias=True),
+        [{"target_modules": ["up_proj"], "modules_to_save": ["self_attn"]}] * 2,
+    ),
+    "experts": (lambda: mixtral(**ONCE), [{"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}] * 2),
+    "an adapted Conv1D": (gpt2, [{"target_modules": ["c_attn"], "modules_to_save": ["c_fc"]}, {"target_modules": ["c_fc"]}]),
+}
+
+
 @pytest.mark.parametrize("how", ["cat", "ties", "dare_linear", "sce_svd", "karcher"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_retrained_modules(tied: bool, how: str, tmp_path: Path) -> None:
-    base = saved(llama(num_hidden_layers=1, tie_word_embeddings=tied), tmp_path / "base", torch.float32)
-    fields: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
-    folders = [adapter(base, tmp_path / str(i), LoraConfig(r=2, **fields), i + 1) for i in range(2)]
+@pytest.mark.parametrize("what", RETRAINED)
+def test_retrained_modules(what: str, how: str, tmp_path: Path) -> None:
+    make, both = RETRAINED[what]
+    base = saved(make(), tmp_path / "base", torch.float32)
+    folders = [adapter(base, tmp_path / str(i), LoraConfig(r=2, **fields), i + 1) for i, fields in enumerate(both)]
     check(tmp_path, base, folders, how)
 
 

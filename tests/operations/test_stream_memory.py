@@ -107,16 +107,29 @@ def words() -> nn.Module:
     return llama(**WIDE | {"vocab_size": 24576}, intermediate_size=64, tie_word_embeddings=True)
 
 
+def two() -> nn.Module:
+    return llama(**WIDE | {"vocab_size": 24576}, intermediate_size=64)
+
+
 def experts() -> nn.Module:
     return mixtral(**WIDE, intermediate_size=12288)
 
 
+RETRAINED = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
 # The base, how many adapters, their options, and those of the merge.
 CASES: dict[str, tuple[Any, int, dict[str, Any], str]] = {
     "a head that becomes untied": (words, 1, {"target_modules": ["lm_head"]}, ""),
     "embeddings": (words, 1, {"target_modules": ["embed_tokens"]}, ""),
     "tokens": (words, 1, {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}, ""),
-    "a retrained head": (words, 1, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, ""),
+    "a retrained head": (words, 1, RETRAINED, ""),
+    "a retrained head of its own, and embeddings": (two, 1, RETRAINED | {"modules_to_save": ["embed_tokens", "lm_head"]}, ""),
+    "retrained experts": (experts, 1, RETRAINED | {"modules_to_save": ["mlp"]}, ""),
+    "linear of retrained heads": (words, 2, RETRAINED, "combine='linear'"),
+    "ties of retrained heads": (words, 2, RETRAINED, "combine='ties'"),
+    "dare_ties of retrained heads": (words, 2, RETRAINED, "combine='dare_ties'"),
+    "sce of retrained heads": (words, 2, RETRAINED, "combine='sce'"),
+    "karcher of retrained heads": (words, 2, RETRAINED, "combine='karcher'"),
+    "ties of retrained experts": (experts, 2, RETRAINED | {"modules_to_save": ["mlp"]}, "combine='ties'"),
     "wider numbers": (wide, 1, {"target_modules": MLP}, "out_dtype=torch.float32"),
     "biases": (lambda: llama(**WIDE, intermediate_size=24576, mlp_bias=True), 1, {"target_modules": MLP, "bias": "all"}, ""),
     "experts one by one": (experts, 1, EXPERTS, ""),

@@ -147,7 +147,7 @@ class DiskBase:
         model: its modules, on the meta device, in the dtypes of the files.
         groups: which tensors of the files make which of the model.
         group_of: the group of each of the model's tensors.
-        names: what the model calls a parameter, by its identity; tied ones have one name.
+        names: what the model calls a parameter or buffer, by its identity; tied ones have one name.
         aliases: all names of a tensor that has several, by that one name.
         values: what stands in for a tensor of the files.
 
@@ -251,6 +251,7 @@ class DiskBase:
         """The one name of a tensor that has several."""
         return next((c for c, names in self.aliases.items() if name in names), name)
 
+        self.names |= {id(buffer): name for name, buffer in self.model.named_buffers()}
     # ---- values -------------------------------------------------------------------------------------------------------
     def read(self, key: str) -> Tensor:
         """A tensor of the files."""

@@ -6,7 +6,7 @@ An `Update` is what an adapter adds at one weight: factors where the method has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..core.part import Parts, axes_apart
 from ..core.place import Place
 from ..core.plan import Biases
 from ..core.retrained import AnyPlace, Retrained
-from ..core.site import Embedding, Site
+from ..core.site import Embedding, Linear, Site, Stack, TransposedLinear
 from ..core.targets import tied_paths
 from ..core.tied import Tied
 from ..formats.packed import slices
@@ -34,6 +34,8 @@ from .slicing import Sliced
 
 # The host's name and the weight's.
 Key = tuple[str, str]
+# Gives slices of a tensor of a module, which may have no values itself.
+Slicing = Callable[[Tensor], Sliced]
 
 
 @dataclass
@@ -79,8 +81,18 @@ class Update:
             return self.sliced
         if self.dense is not None:
             return Sliced.of(self.dense)
-        a, b = self.factors()
-        return Sliced((*b.shape[:-1], a.shape[-1]), lambda piece: b[piece] @ (a[piece] if a.ndim > 2 else a))
+        return _product(*self.factors())
+
+    def raw_slices(self) -> Sliced:
+        """The same in slices of the weight as the host keeps it."""
+        site = self.site
+        if type(site) in (Linear, Stack):
+            of_matrix = self.slices()
+            return Sliced(site.raw_shape, lambda piece: site.raw(of_matrix.make(piece)))
+        if self.a is not None and isinstance(site, TransposedLinear):
+            a, b = self.factors()
+            return _product(b.mT, a.mT)
+        return Sliced.of(site.raw(self.matrix()))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B with the scale in B; a dense matrix beside the identity on its shorter side."""
@@ -90,6 +102,10 @@ class Update:
         out, inner = w.shape[-2:]
         eye = torch.eye(min(out, inner), dtype=w.dtype, device=w.device).expand(*w.shape[:-2], -1, -1)
         return (w, eye) if out <= inner else (eye, w)
+
+
+def _product(a: Tensor, b: Tensor) -> Sliced:
+    return Sliced((*b.shape[:-1], a.shape[-1]), lambda piece: b[piece] @ (a[piece] if a.ndim > 2 else a))
 
 
 def nothing(name: str, site: Site) -> Update:
@@ -215,12 +231,13 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def effects(base: nn.Module, names: Sequence[str], among: Sequence[AnyPlace] | None = None, sliced: bool = False) -> list[Effect]:
+def effects(base: nn.Module, names: Sequence[str], among: Sequence[AnyPlace] | None = None, sliced: Slicing | None = None) -> list[Effect]:
     """What each of these adapters does, told in one way: what one of them retrains as a whole, all of them retrain.
 
     Args:
         among: only at these places.
-        sliced: what they do to weights is not held where it has no factors, see `update_of`.
+        sliced: what they do is not held: to weights where it has no factors, see `update_of`; to retrained modules, of whose tensors
+            this gives slices.
 
     Raises:
         TypeError: a method is no function of the weight.
@@ -238,7 +255,7 @@ def effects(base: nn.Module, names: Sequence[str], among: Sequence[AnyPlace] | N
             place = _place(base, key)
             e.weights[key] = replace(nothing(key[0], place.site), bias=e.biases.pop(key))
         for key in [k for k in (*e.weights, *e.biases) if _within(k[0], whole) is not None]:
-            _into_module(e, key, str(_within(key[0], whole)), _place(base, key).site)
+            _into_module(e, key, str(_within(key[0], whole)), _place(base, key).site, sliced is not None)
     return found
 
 
@@ -258,7 +275,7 @@ def _all_follow_ties(base: nn.Module, names: Sequence[str]) -> bool:
     return True
 
 
-def _effect(base: nn.Module, name: str, ties: bool, among: Sequence[AnyPlace], sliced: bool) -> Effect:
+def _effect(base: nn.Module, name: str, ties: bool, among: Sequence[AnyPlace], sliced: Slicing | None) -> Effect:
     effect = Effect()
     for place in among:
         p = place.adapters.get(name)
@@ -282,23 +299,24 @@ def _effect(base: nn.Module, name: str, ties: bool, among: Sequence[AnyPlace], s
                 a, b = _tokens(method._of, method._of.method).update(p.path).factors()
                 effect.weights[key] = Update(p.path, p.site, b.mT, a.mT)
             else:
-                effect.weights[key] = update_of(p, sliced)
+                effect.weights[key] = update_of(p, sliced is not None)
     return effect
 
 
 def _tokens(p: Adapter, method: TrainableTokensConfig) -> Tokens:
-    w = full(p.site.read()[0]).detach()
-    own = (w.mT if isinstance(p.site, Embedding) else w)[method.token_indices]
+    w = p.site.read()[0].detach()
+    own = full((w.mT if isinstance(p.site, Embedding) else w)[method.token_indices])
     return Tokens(p.site, list(method.token_indices), float(p.strength) * (full(p.trainable_tokens_delta).detach() - own))
 
 
-def _changes(place: Retrained, copied: nn.Module, sliced: bool) -> dict[str, Tensor | Sliced]:
+def _changes(place: Retrained, copied: nn.Module, sliced: Slicing | None) -> dict[str, Tensor | Sliced]:
     own = own_tensors(place)
 
     def change(new: Tensor, old: Tensor) -> Tensor | Sliced:
-        if sliced and new.ndim > 1:
-            return Sliced(new.shape, lambda rows: full(new[rows]).detach() - full(old[rows]).detach())
-        return full(new).detach() - full(old).detach()
+        if sliced is None:
+            return full(new).detach() - full(old).detach()
+        later, before = sliced(new), sliced(old)
+        return Sliced(later.shape, lambda rows: full(later.make(rows)) - full(before.make(rows)))
 
     return {k: change(t, own[k]) for k, t in copied.state_dict(keep_vars=True).items() if t.is_floating_point()}
 
@@ -313,13 +331,13 @@ def _within(path: str, whole: set[str]) -> str | None:
     return next((w for w in whole if path == w or path.startswith(f"{w}.")), None)
 
 
-def _into_module(effect: Effect, key: Key, module: str, site: Site) -> None:
+def _into_module(effect: Effect, key: Key, module: str, site: Site, sliced: bool) -> None:
     """An update inside a module that another adapter retrains becomes a change of that module's tensors."""
     inside = f"{key[0][len(module) + 1 :]}.".lstrip(".")
     changes = effect.modules.setdefault(module, {})
     update = effect.weights.pop(key, None)
     if update is not None:
-        changes[inside + site.name] = site.raw(update.matrix())
+        changes[inside + site.name] = update.raw_slices() if sliced else site.raw(update.matrix())
     bias = update.bias if update is not None else effect.biases.pop(key)
     if bias is not None and site.bias_name is not None and site.bias() is not None:
         changes[inside + site.bias_name] = bias

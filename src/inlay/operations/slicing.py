@@ -28,7 +28,13 @@ class Sliced:
         return map(self.make, slices(self.shape))
 
     def whole(self) -> Tensor:
-        return torch.cat(list(self))
+        found: Tensor | None = None
+        for rows in slices(self.shape):
+            piece = self.make(rows)
+            found = torch.empty(self.shape, dtype=piece.dtype, device=piece.device) if found is None else found
+            found[rows] = piece
+        assert found is not None
+        return found
 
     def zeros(self) -> Sliced:
         return Sliced(self.shape, lambda rows: torch.zeros(rows.stop - rows.start, *self.shape[1:]))

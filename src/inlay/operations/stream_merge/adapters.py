@@ -57,6 +57,16 @@ class AdapterFile:
         self._check(key, found)
         return found
 
+    def read_rows(self, key: str, rows: slice) -> Tensor:
+        """Some slices of a tensor.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        found = self.files.read(self.entries[key], rows) if self.tensors is None else self.tensors[key][rows]
+        self._check(key, found)
+        return found
+
     @torch.no_grad()
     def read_corner(self, key: str, into: Tensor) -> None:
         """As much of a tensor as there is room for, some rows at a time.
@@ -69,9 +79,7 @@ class AdapterFile:
             into.copy_(self.read(key)[places])
             return
         for rows in slices((into.shape[0], *self.shape(key)[1:])):
-            found = self.files.read(self.entries[key], rows)
-            self._check(key, found)
-            into[rows].copy_(found[(slice(None), *places[1:])])
+            into[rows].copy_(self.read_rows(key, rows)[(slice(None), *places[1:])])
 
     def _check(self, key: str, found: Tensor) -> None:
         if not is_finite(found):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,18 +14,17 @@ from ...core.adapter import Adapter
 from ...core.method import biased, full
 from ...core.place import Place
 from ...core.retrained import AnyPlace, Retrained
-from ...formats.packed import slices
 from ..combine import combined
 from ..disk_base import Group
-from ..effects import Effect, effects
+from ..effects import Effect, effects, own_tensors
 from ..slicing import Sliced
-from .pieces import AddingSliced, Pieces, across, along, lying, of_adapter, of_update
+from .pieces import AddingSliced, Pieces, across, along, lying, lying_as, of_adapter, of_update
 from .plan import Combining, Plan, Unit
 
 
 @contextmanager
 def filled(plan: Plan, unit: Unit) -> Iterator[None]:
-    """Within, the adapters of a unit have their values, and its hosts their biases."""
+    """Within, the adapters of a unit have their values, and its hosts their biases. Copies of retrained modules have none."""
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def keep(table: dict[str, Any]) -> None:
@@ -38,23 +38,15 @@ def filled(plan: Plan, unit: Unit) -> Iterator[None]:
                 if stored is not None and stored.device.type == "meta":
                     keep(own)
                     own[bias] = nn.Parameter(plan.base.fetch(plan.base.names[id(stored)]), requires_grad=False)  # type: ignore[index]
-            elif plan.combining is not None:
-                for module in place.module.modules():
-                    keep(module._parameters)
-                    for key, q in module._parameters.items():
-                        if q is not None and id(q) in plan.base.names:
-                            module._parameters[key] = nn.Parameter(plan.base.fetch(plan.base.names[id(q)]), requires_grad=False)
-        for place in unit.places:
-            for p in place.adapters.values():
-                for module in p.modules():
-                    keep(module._parameters)
-                    keep(module._buffers)
-                for slot, adapter, key in plan.slots.get(id(p), ()):
-                    slot.put(adapter.read(key))
-        for place in unit.places:
-            for p in place.adapters.values():
-                if isinstance(p, Adapter):
-                    p.materialise()
+        adapters = [p for place in unit.places for p in place.adapters.values() if isinstance(p, Adapter)]
+        for p in adapters:
+            for module in p.modules():
+                keep(module._parameters)
+                keep(module._buffers)
+            for slot, adapter, key in plan.slots.get(id(p), ()):
+                slot.put(adapter.read(key))
+        for p in adapters:
+            p.materialise()
         yield
     finally:
         for table, old in reversed(before):
@@ -67,7 +59,9 @@ class Folds:
 
     def __init__(self, plan: Plan, unit: Unit) -> None:
         self.plan, self.unit = plan, unit
-        self.at = {name: place for place in unit.places for name in plan.touched(place) if name not in plan.following}
+        # What is retrained as a whole is what it is, whatever else adapts it.
+        found = sorted(unit.places, key=lambda place: isinstance(place, Retrained))
+        self.at = {name: place for place in found for name in plan.touched(place) if name not in plan.following}
         self.effect = None if plan.combining is None else one_change(plan, unit, plan.combining)
         # What folding a place has given beside what was asked for.
         self.found: dict[str, Tensor] = {}
@@ -120,6 +114,21 @@ class Folds:
             steps = [across(place, adapters, lies, torch.float32 if packs else self.plan.dtype(place.site.dtype))]
         return None if None in steps else Pieces(place, lies, [step for step in steps if step is not None])
 
+    def retrained(self, name: str) -> Sliced | None:
+        """What becomes of a tensor of a retrained module, in slices; None where it belongs to none."""
+        plan, source = self.plan, self.source(name)
+        place = self.at.get(source)
+        if not isinstance(place, Retrained):
+            return None
+        key = source[len(place.path) + 1 :] if place.path else source
+        if self.effect is None:
+            made = stored(plan, place.adapters[place.here(plan.order)[-1]].state_dict(keep_vars=True)[key])
+        else:
+            made, change = stored(plan, own_tensors(place)[key]), self.effect.modules.get(place.path, {}).get(key)
+            made = made if change is None else total(made, Sliced.of(change))
+        dtype = plan.dtype(plan.shape(source)[1])
+        return Sliced(made.shape, lambda rows: made.make(rows).to(dtype))
+
     def keep_bias(self, place: Place, b: Tensor | None) -> None:
         """What became of the bias while the weight was made in pieces."""
         b = b if self.effect is None else self.bias(place)
@@ -140,10 +149,11 @@ class Folds:
         return b
 
     def _folded(self, place: AnyPlace, name: str) -> dict[str, Tensor]:
-        plan, prefix = self.plan, f"{place.path}." if place.path else ""
         if isinstance(place, Retrained):
-            return self._retrained(place, prefix)
-        site = place.site
+            made = self.retrained(name)
+            assert made is not None
+            return {name: made.whole().view(self.plan.shape(name)[0])}
+        plan, site, prefix = self.plan, place.site, f"{place.path}." if place.path else ""
         if prefix + site.name not in self.at:
             b = self.bias(place)
             return {} if b is None else bias_of(plan, place, b)
@@ -157,28 +167,32 @@ class Folds:
         found = {prefix + site.name: site.raw(w) if packed else site.raw(w).to(plan.dtype(site.dtype))}
         return found if b is None else found | bias_of(plan, place, b)
 
-    def _retrained(self, place: Retrained, prefix: str) -> dict[str, Tensor]:
-        plan = self.plan
-        if self.effect is None:
-            own = place.adapters[place.here(plan.order)[-1]].state_dict()
-            return {prefix + key: tensor.to(plan.dtype(plan.shape(prefix + key)[1])) for key, tensor in own.items()}
-        found = {}
-        for key, change in self.effect.modules.get(place.path, {}).items():
-            module = place.module.get_submodule(key.rpartition(".")[0])
-            own: Any = (module._parameters | module._buffers)[key.rpartition(".")[2]]
-            dtype = plan.dtype(own.dtype)
-            if isinstance(change, Sliced):
-                found[prefix + key] = made = torch.empty(own.shape, dtype=dtype)
-                for rows in slices(own.shape):
-                    made[rows] = full(own[rows]) + change.make(rows)
-            else:
-                found[prefix + key] = (full(own) + change).to(dtype)
-        return found
+
+def stored(plan: Plan, t: Tensor) -> Sliced:
+    """A tensor of the base, or of a retrained copy of a module, in slices; from the files where it has no values."""
+    whole = t
+    if id(t) in plan.copies:
+        adapter, key = plan.copies[id(t)]
+        if t.ndim:
+            return Sliced(t.shape, lambda rows: adapter.read_rows(key, rows).to(t.dtype))
+        whole = adapter.read(key).to(t.dtype)
+    elif t.device.type == "meta":
+        name = plan.base.names[id(t)]
+        lies = lying_as(plan, name) if t.ndim else None
+        if lies is not None:
+            return Sliced(lies.shape, lies.read)
+        whole = plan.base.fetch(name)
+    # A single number is as good as a row.
+    return Sliced.of(whole if t.ndim else whole.view(1))
+
+
+def total(one: Sliced, other: Sliced) -> Sliced:
+    return Sliced(one.shape, lambda rows: full(one.make(rows)) + other.make(rows))
 
 
 def one_change(plan: Plan, unit: Unit, by: Combining) -> Effect:
     """What all adapters of a unit amount to where they become one change first."""
-    found = effects(plan.base.model, plan.order, unit.places, sliced=True)
+    found = effects(plan.base.model, plan.order, unit.places, partial(stored, plan))
     effect = combined(found, by.weights, by.chosen, by.options, None, None, by.seed, sliced=True)
     for path, tokens in effect.tokens.items():
         effect.weights[path, tokens.site.name] = tokens.update(path)

@@ -70,6 +70,16 @@ def lying(plan: Plan, site: Site, packs: bool) -> Lying | None:
     turned = site.matrix(own).shape != own.shape or isinstance(site, TransposedLinear)
     if isinstance(site, Stack):
         turned = site._transposed
+    return lying_as(plan, name, turned, packs)
+
+
+def lying_as(plan: Plan, name: str, turned: bool = False, packs: bool = False) -> Lying | None:
+    """How a tensor of the model lies in the files; None where slices of it mean nothing.
+
+    Args:
+        name: of several, the first.
+    """
+    base = plan.base
     if name in base.values:
         brought = base.fetch(name)
         return Lying(brought.shape, lambda rows: brought[rows].clone(), turned)

@@ -42,10 +42,12 @@ class Plan(Layout):
         combine: how several become one change of the base (see `COMBINATIONS`); where None, they act one after another. No rank is
             cut off, also where the combination's name ends in ``svd``: a dense weight holds all of it. Changes are made some rows at
             a time, in as many passes as the rule has to know of all of them. Whole are those of methods that cannot be taken to
-            pieces, of ``knots`` and ``core_ties`` where an adapter has no factors, and copies of retrained modules.
+            pieces, and of ``knots`` and ``core_ties`` where an adapter has no factors.
         density, majority_sign_method, seed: of the combination, see `add_weighted_adapter`.
 
     Attributes:
+        slots: where the tensors of each adapter belong, and where they are in the files.
+        copies: where those of retrained modules are in the files, by the identity of what has no values in the model.
         changes: what will become of which weight.
         config_changes: fields of config.json that change.
         size: of the output's weights, in bytes.
@@ -92,6 +94,7 @@ class Plan(Layout):
         if base_dtype == "dequantized":
             self.config_changes["quantization_config"] = None
         self.slots: dict[int, list[tuple[Slot, AdapterFile, str]]] = {}
+        self.copies: dict[int, tuple[AdapterFile, str]] = {}
         for adapter in self.adapters:
             self._attach(adapter)
         self.following, self.untied = self._ties()
@@ -133,7 +136,9 @@ class Plan(Layout):
                         f"{adapter.source}: {key!r} is {adapter.shape(key)} in its file and {wanted} for {self.folder}; it was made "
                         "for another base."
                     )
-                if slot.tensor.device.type == "meta":
+                if not isinstance(p, Adapter):
+                    self.copies[id(slot.tensor)] = adapter, key
+                elif slot.tensor.device.type == "meta":
                     self.slots.setdefault(id(p), []).append((slot, adapter, key))
                 else:
                     bank[id(slot.holder), slot.name] = slot, key

@@ -125,6 +125,12 @@ class Writer:
 
     def _merge_in_pieces(self, pieces: Pieces, name: str, group: Group | None, entry: Entry | None, wanted: set[str]) -> Tensor | None:
         """Of a weight no more is in memory in full precision than some rows. Returns what becomes of the bias."""
+        apart = group is None or group.converter is None or group.is_stack(base)
+        made = folds.retrained(name) if len(names) == 1 and apart and not plan.keeps(entry) else None
+        if made is not None:
+            for rows in slices(made.shape):
+                self._put_rows(name, group, made.make(rows), rows, wanted)
+            return
         plan, lies, steps = self.plan, pieces.lies, pieces.steps
         site, bias = pieces.place.site, pieces.place.site.bias()
         dtype, biases, change = plan.dtype(site.dtype), list[Tensor](), 0.0
