@@ -108,7 +108,9 @@ def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path, capsys: pytest.C
 def test_a_merge_that_does_not_verify_is_not_kept(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "_adapted", lambda planned: planned.model_class.from_pretrained(str(planned.folder)))
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(verb, "_adapted", lambda planned: AutoModelForCausalLM.from_pretrained(str(planned.folder)))
     code, _, err = inlay(capsys, "merge", folder / "base", "--adapter", folder / "lora", "--out", tmp_path / "out", "--verify")
     assert code == 1
     assert "more than float32 explains; nothing was written" in err

@@ -281,11 +281,13 @@ def compared(planned: StreamMerge, written: Path, device: str) -> float:
 
 def _opened(planned: StreamMerge, folder: Path) -> Any:
     """A folder's model in the numbers of the output; a quantised one without the library that wrote it."""
+    import transformers
+
     from inlay import from_pretrained_quantized
     from inlay.formats.streaming import Files
     from inlay.operations.disk_base import base_on_disk, quantisation, read_config
 
-    dtype, cls = planned.out_dtype or "auto", planned.model_class
+    dtype, cls = planned.out_dtype or "auto", getattr(transformers, planned.model_class)
     how = quantisation(read_config(folder))
     if how is None:
         return cls.from_pretrained(str(folder), dtype=dtype)
@@ -294,7 +296,9 @@ def _opened(planned: StreamMerge, folder: Path) -> Any:
     with Files() as files:
         base = base_on_disk(folder, files)
         values = {name: base.fetch(name) for name in base.group_of}
-    return cls.from_pretrained(None, config=base.model.config, state_dict=values, dtype=dtype)
+    config: Any = transformers.AutoConfig.from_pretrained(str(folder))
+    del config.quantization_config
+    return cls.from_pretrained(None, config=config, state_dict=values, dtype=dtype)
 
 
 def _adapted(planned: StreamMerge) -> Any:

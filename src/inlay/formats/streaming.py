@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
@@ -253,6 +253,11 @@ class Shard:
         """Write ``nbytes`` from another file, of this tensor and those behind it."""
         _copy(source, start, self.descriptor, self.at[key], nbytes)
 
+    def send(self, at: int, nbytes: int) -> None:
+        """Have the disk begin with these bytes, so that little is left to do when the file is closed."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, at, nbytes, os.POSIX_FADV_DONTNEED)
+
     def check(self) -> int:
         """A checksum of the header and of blocks from everywhere in the file: what was never written shows."""
         with self.file.open("rb") as written:
@@ -310,11 +315,16 @@ def _copy(source: int, start: int, target: int, at: int, nbytes: int) -> None:
 
 
 class Writing:
-    """Writes behind the computation, in a thread of its own, and never far behind."""
+    """Writes behind the computation, in a thread of its own and never far behind. What waits for the disk does so in a further one.
+
+    After a job of writing has failed, none that was submitted later is begun.
+    """
 
     def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="inlay-write")
-        self.jobs: list[tuple[Future[None], int]] = []
+        self.writes, self.waits = (ThreadPoolExecutor(1, thread_name_prefix=f"inlay-{what}") for what in ("write", "flush"))
+        self.jobs: list[tuple[Future[Any], int]] = []
+        self.waiting: list[Future[Any]] = []
+        self.failed = False
 
     def __enter__(self) -> Writing:
         return self
@@ -324,21 +334,40 @@ class Writing:
             if failed is None:
                 self.wait()
         finally:
-            self.pool.shutdown(wait=True, cancel_futures=failed is not None)
+            self.writes.shutdown(cancel_futures=failed is not None)
+            # What is written is brought to its end.
+            self.waits.shutdown()
 
-    def submit(self, job: Any, nbytes: int) -> None:
+    def submit(self, job: Callable[[], object], nbytes: int) -> None:
         """Have something written.
 
         Args:
             nbytes: of memory that it holds until then.
         """
-        self.jobs.append((self.pool.submit(job), nbytes))
+        self.jobs.append((self.writes.submit(self._write, job), nbytes))
         while self.jobs and (self.jobs[0][0].done() or len(self.jobs) > 64 or sum(n for _, n in self.jobs) > WAITING):
             self.jobs.pop(0)[0].result()
+        while self.waiting and self.waiting[0].done():
+            self.waiting.pop(0).result()
+
+    def afterwards(self, job: Callable[[], object]) -> None:
+        """Have something done with what has been submitted, once it is written, while more of it is."""
+        self.submit(lambda: self.waiting.append(self.waits.submit(job)), 0)
+
+    def _write(self, job: Callable[[], object]) -> None:
+        if self.failed:
+            return
+        try:
+            job()
+        except BaseException:
+            self.failed = True
+            raise
 
     def wait(self) -> None:
         while self.jobs:
             self.jobs.pop(0)[0].result()
+        while self.waiting:
+            self.waiting.pop(0).result()
 
 
 def write_index(folder: Path, where: Mapping[str, str], sizes: Sequence[int], metadata: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from ..formats.folder import read_json
 from ..formats.packed import READABLE, Packed, packed, quantised
 from ..formats.streaming import Checkpoint, Files
 from ..quantize import quantizable
+from .outline import Outline, outline
 
 # Numbers that stand for others: a weight in them is packed, or comes with scales.
 PACKED = {torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
@@ -139,7 +140,7 @@ class DiskBase:
 
     Args:
         checkpoint: the model's files.
-        model: the model without values, as its configuration makes it.
+        model: the model without values, as its configuration makes it, or its outline.
         files: opens what is read.
         other_shapes: names of tensors that an adapter brings in other shapes than the files have.
 
@@ -171,6 +172,8 @@ class DiskBase:
 
     # ---- names --------------------------------------------------------------------------------------------------------
     def _grouped(self) -> list[Group]:
+        if isinstance(self.model, Outline):
+            return [Group([key], {key: entry.meta()}, first=key) for key, entry in self.checkpoint.tensors.items()]
         from transformers import core_model_loading as loading
         from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -206,6 +209,8 @@ class DiskBase:
 
     def key_of(self, group: Group) -> Callable[[str], str | None]:
         """The key in the files by the name that undoing a conversion gives."""
+        if group.converter is None:
+            return {group.first: group.keys[0]}.get
         from transformers import core_model_loading as loading
 
         known = {loading.rename_source_key(key, self._renamings, [])[0]: key for key in group.keys} | {key: key for key in group.keys}
@@ -246,12 +251,12 @@ class DiskBase:
                 if q is not None:
                     module._parameters[key] = made[id(q)]
         self._keep = made
+        self.names |= {id(buffer): name for name, buffer in self.model.named_buffers()}
 
     def canonical(self, name: str) -> str:
         """The one name of a tensor that has several."""
         return next((c for c, names in self.aliases.items() if name in names), name)
 
-        self.names |= {id(buffer): name for name, buffer in self.model.named_buffers()}
     # ---- values -------------------------------------------------------------------------------------------------------
     def read(self, key: str) -> Tensor:
         """A tensor of the files."""
@@ -331,10 +336,14 @@ def base_on_disk(folder: Path, files: Files) -> DiskBase:
     Raises:
         ValueError: the folder cannot be read, or its model is quantised in a way that cannot be.
     """
+    as_read = read_config(folder)
+    checkpoint = open_checkpoint(Checkpoint.open(folder), as_read, files)
+    found = outline(as_read, checkpoint)
+    if found is not None:
+        return DiskBase(checkpoint, found, files)
     import transformers
     from transformers import AutoConfig
 
-    checkpoint = open_checkpoint(Checkpoint.open(folder), read_config(folder), files)
     try:
         config: Any = AutoConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:

@@ -17,6 +17,7 @@ from ...formats.packed import READABLE
 from ...formats.streaming import Checkpoint, Entry, Files
 from ..dequantize import BASES
 from ..disk_base import DiskBase, open_checkpoint, quantisation, quantised, read_config
+from ..outline import outline
 from ..replicate import blocks_of, replicated
 from .adapters import AdapterFile
 
@@ -26,7 +27,7 @@ class Opened:
     """A base that is ready for its adapters.
 
     Attributes:
-        model_class: what transformers calls the model.
+        model_class: what transformers calls the model's class.
         resized: embeddings and heads that have another number of rows than in the files.
         config: the content of config.json.
         config_changes: fields of it that change.
@@ -34,7 +35,7 @@ class Opened:
 
     base: DiskBase
     checkpoint: Checkpoint
-    model_class: Any
+    model_class: str
     resized: set[str]
     config: dict[str, Any]
     config_changes: dict[str, Any]
@@ -78,22 +79,28 @@ def open_base(folder: Path, adapters: Sequence[AdapterFile], files: Files) -> Op
     Raises:
         ValueError: the folder cannot be read, or the adapters do not fit each other.
     """
-    import transformers
-    from transformers import AutoConfig
-
     as_read, changes = read_config(folder), dict[str, Any]()
-    try:
-        config: Any = AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: its config.json cannot be read: {' '.join(str(error).split())}") from error
-    own = (config.architectures or [""])[0]
+    checkpoint, ranges = Checkpoint.open(folder), _replication(adapters)
+    own = (as_read.get("architectures") or [""])[0]
     configs = [a.config for a in adapters]
     task = next((str(c.task_type) for c in configs if c.task_type is not None), None)
     mapping = next((c.auto_mapping for c in configs if c.auto_mapping), None) or {}
     named = str(mapping.get("base_model_class")) if str(mapping.get("parent_library")).startswith("transformers") else own
-    if task not in (None, "CAUSAL_LM"):
-        named = AUTO_CLASSES[str(task)]
-    cls: Any = getattr(transformers, own if task == "CAUSAL_LM" else named, None)
+    if task is not None:
+        named = own if task == "CAUSAL_LM" else AUTO_CLASSES[task]
+    if not ranges:
+        checkpoint = open_checkpoint(checkpoint, as_read, files)
+        found = outline(as_read, checkpoint) if named == own else None
+        if found is not None and _rows_of(adapters, ("model.embed_tokens", "lm_head")) in (None, as_read["vocab_size"]):
+            return Opened(DiskBase(checkpoint, found, files), checkpoint, own, set(), as_read, changes)
+    import transformers
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: its config.json cannot be read: {' '.join(str(error).split())}") from error
+    cls: Any = getattr(transformers, named, None)
     cls = cls or (transformers.AutoModelForCausalLM if task == "CAUSAL_LM" else transformers.AutoModel)
     labels = _rows_of(adapters, ("score", "classifier"))
     if labels is not None and labels != config.num_labels and task in ("SEQ_CLS", "TOKEN_CLS"):
@@ -106,15 +113,12 @@ def open_base(folder: Path, adapters: Sequence[AdapterFile], files: Files) -> Op
         del config.quantization_config
     with torch.device("meta"):
         model: Any = build()
-    checkpoint = Checkpoint.open(folder)
-    ranges = _replication(adapters)
     if ranges:
         blocks = blocks_of(model)
         changes |= replicated(model, ranges)
-        checkpoint = again(checkpoint, blocks, ranges)
+        checkpoint = open_checkpoint(again(checkpoint, blocks, ranges), as_read, files)
         with torch.device("meta"):
             model = build()
-    checkpoint = open_checkpoint(checkpoint, as_read, files)
     ends = [getattr(model, g, lambda: None)() for g in ("get_input_embeddings", "get_output_embeddings")]
     paths = [p for p, m in model.named_modules() if any(m is e for e in ends)]
     rows, text = _rows_of(adapters, paths), config.get_text_config()
@@ -131,7 +135,7 @@ def open_base(folder: Path, adapters: Sequence[AdapterFile], files: Files) -> Op
         changes["architectures"] = [name]
         if task in ("SEQ_CLS", "TOKEN_CLS"):
             changes |= {"id2label": dict(config.id2label), "label2id": dict(config.label2id)}
-    return Opened(base, checkpoint, cls, set(resized), as_read, changes)
+    return Opened(base, checkpoint, cls.__name__, set(resized), as_read, changes)
 
 
 def _replication(adapters: Sequence[AdapterFile]) -> list[list[int]]:

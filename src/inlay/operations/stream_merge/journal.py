@@ -48,7 +48,7 @@ class Journal:
         self.finished, self.plan.rounding = whole, rounding
 
     def _write(self) -> None:
-        rounding = {name: astuple(r) for name, r in self.plan.rounding.items()}
+        rounding = {name: astuple(r) for name, r in self.plan.rounding.copy().items()}
         write_json(self.file, {"fingerprint": self.fingerprint, "finished": self.finished, "rounding": rounding})
 
     def note(self, shard: Shard) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ...core.method import full
 from ...formats import streaming
 from ...formats.packed import Packed, Packing, slices
-from ...formats.streaming import Entry, Writing
+from ...formats.streaming import Entry, Shard, Writing
 from ..disk_base import Group
 from .adapters import is_finite
 from .folding import Folds, filled
@@ -50,10 +51,13 @@ class Writer:
                     for k in wanted:
                         left[plan.where[k]].discard(k)
             for file in [f for f, keys in left.items() if not keys]:
-                self.writing.wait()
-                plan.shards[file].close()
                 del left[file]
-                journal.note(plan.shards[file])
+                self.writing.afterwards(partial(self._finish, plan.shards[file], journal))
+
+    @staticmethod
+    def _finish(shard: Shard, journal: Journal) -> None:
+        shard.close()
+        journal.note(shard)
 
     # -- what no adapter touches --
     def _runs(self, keys: Sequence[str]) -> Iterator[list[str]]:
@@ -86,6 +90,7 @@ class Writer:
             self.progress(nbytes)
 
         self.writing.submit(copy, 0)
+        self.writing.afterwards(partial(shard.send, shard.at[keys[0]], nbytes))
 
     def _put(self, key: str, tensor: Tensor, rows: slice | None = None) -> None:
         shard = self.plan.shards[self.plan.where[key]]
@@ -96,6 +101,7 @@ class Writer:
             self.progress(tensor.nbytes)
 
         self.writing.submit(write, tensor.nbytes)
+        self.writing.afterwards(partial(shard.send, shard.at[key] + skipped, tensor.nbytes))
 
     # -- what adapters touch --
     def _merge(self, unit: Unit, wanted: set[str]) -> None:
@@ -119,18 +125,18 @@ class Writer:
             b = self._merge_in_pieces(pieces, name, group, entry, wanted)
             folds.keep_bias(pieces.place, b)
             return
-        tensors = {n: folds.take(n) for n in names}
-        for key, tensor in (tensors if group is None else group.revert(tensors, base.model, base.key_of(group))).items():
-            self._put_whole(key, tensor, wanted)
-
-    def _merge_in_pieces(self, pieces: Pieces, name: str, group: Group | None, entry: Entry | None, wanted: set[str]) -> Tensor | None:
-        """Of a weight no more is in memory in full precision than some rows. Returns what becomes of the bias."""
         apart = group is None or group.converter is None or group.is_stack(base)
         made = folds.retrained(name) if len(names) == 1 and apart and not plan.keeps(entry) else None
         if made is not None:
             for rows in slices(made.shape):
                 self._put_rows(name, group, made.make(rows), rows, wanted)
             return
+        tensors = {n: folds.take(n) for n in names}
+        for key, tensor in (tensors if group is None else group.revert(tensors, base.model, base.key_of(group))).items():
+            self._put_whole(key, tensor, wanted)
+
+    def _merge_in_pieces(self, pieces: Pieces, name: str, group: Group | None, entry: Entry | None, wanted: set[str]) -> Tensor | None:
+        """Of a weight no more is in memory in full precision than some rows. Returns what becomes of the bias."""
         plan, lies, steps = self.plan, pieces.lies, pieces.steps
         site, bias = pieces.place.site, pieces.place.site.bias()
         dtype, biases, change = plan.dtype(site.dtype), list[Tensor](), 0.0
