@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core.config import nearest
-from .core.inlaid import adapters_of
+from .core.inlaid import places
 from .core.session import BASE, names_of
 from .formats.folder import CONFIG_NAME
 
@@ -96,7 +96,7 @@ class AdapterCache:
         """Have an adapter in memory.
 
         Raises:
-            ValueError: there is no such adapter, or what is in use and pinned leaves no room.
+            ValueError: there is no such adapter, its name is taken, or what is in use and pinned leaves no room.
         """
         with self._held((name,)):
             pass
@@ -144,17 +144,19 @@ class AdapterCache:
         path = Path(self._path(name))
         if name == BASE or not (path / CONFIG_NAME).is_file():
             raise ValueError(f"There is no adapter {name!r} at {path}.{nearest(name, self.available())}")
+        if name in self.model.peft_config:
+            raise ValueError(f"The model has an adapter {name!r} already, which is not this cache's; rename one of the two.")
         self.misses += 1
         self.model.load_adapter(str(path), name, **self._options)
-        size = sum(q.nbytes for p in adapters_of(self.model.get_base_model(), name) for q in (*p.parameters(), *p.buffers()))
-        self._sizes[name] = size
+        self._sizes[name] = _bytes_of(self.model, name)
         while self._over():
             victim = next((n for n in self._sizes if n != name and not self._used[n] and n not in self._pinned), None)
             if victim is None:
+                size = self._sizes[name]
                 self._drop(name)
                 raise ValueError(
-                    f"Adapter {name!r} needs {size:,} bytes; {self.nbytes:,} of {self.max_bytes or 0:,} are in use or pinned. "
-                    "Allow more with `max_bytes` or `max_adapters`, or unpin some."
+                    f"There is no room for adapter {name!r} of {size:,} bytes: {self.nbytes:,} bytes in {len(self)} adapters are in use or "
+                    "pinned. Allow more with `max_bytes` or `max_adapters`, or unpin some."
                 )
             self._drop(victim)
 
@@ -165,3 +167,11 @@ class AdapterCache:
     def _drop(self, name: str) -> None:
         del self._sizes[name]
         self.model.delete_adapter(name)
+
+
+def _bytes_of(model: PeftModel, name: str) -> int:
+    """The size of all tensors that an adapter brings along: on weights, in retrained modules, in prompts."""
+    found: list[Any] = [place.adapters[name] for place in places(model.get_base_model()) if name in place.adapters]
+    prompts = getattr(model, "prompt_encoder", {})
+    found += [prompts[name]] if name in prompts else []
+    return sum({id(t): t.nbytes for m in found for t in (*m.parameters(), *m.buffers())}.values())

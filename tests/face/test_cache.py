@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import inlay
+
+from ..tiny import llama
 
 BYTES = 4 * 2 * (4 + 3)  # rank 2 on a layer of 4 x 3
 
@@ -81,18 +84,50 @@ def test_pinned_and_used_ones_stay(shelf: Any) -> None:
         inlay.AdapterCache(served(), folder).load("n33")
 
 
+def test_adapters_of_the_model_are_left_alone(shelf: Any) -> None:
+    folder, _, x = shelf
+    model = inlay.get_peft_model(base(), lora(0), "n0").eval()
+    own = model(x)
+    cache = inlay.AdapterCache(model, folder, max_adapters=1)
+    with pytest.raises(ValueError, match="has an adapter 'n0' already"):
+        cache.load("n0")
+    cache.load("n1")
+    with pytest.raises(ValueError, match="has an adapter 'n1' already"):
+        inlay.AdapterCache(model, folder).load("n1")
+    cache.load("n2")
+    assert torch.equal(model(x), own)
+    assert list(model.peft_config) == ["n0", "n2"]
+
+
+def test_retrained_modules_and_prompts_take_room(tmp_path: Path) -> None:
+    config = inlay.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    host = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 50))
+    inlay.get_peft_model(host, config).save_pretrained(tmp_path / "head")
+    cache = inlay.AdapterCache(inlay.get_peft_model(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 50)), lora(0), "own"), tmp_path)
+    cache.load("head")
+    assert cache.nbytes == BYTES + 4 * (3 * 50 + 50)
+    prompt = inlay.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    inlay.get_peft_model(llama(), prompt).save_pretrained(tmp_path / "prompt")
+    cache = inlay.AdapterCache(inlay.get_peft_model(llama(), prompt, "own"), tmp_path)
+    cache.load("prompt")
+    assert cache.nbytes == 4 * 5 * 32
+
+
 def test_threads_share_a_cache(shelf: Any) -> None:
     folder, expected, x = shelf
     model = served()
-    cache, wrong = inlay.AdapterCache(model, folder, max_adapters=4), []
+    cache, wrong = inlay.AdapterCache(model, folder, max_adapters=4), list[Any]()
 
     def serve(start: int) -> None:
-        with torch.no_grad():
-            for i in range(60):
-                name = f"n{(start + i * (start + 1)) % 6}"
-                with cache.use(name):
-                    if not torch.equal(model(x), expected[name]):
-                        wrong.append(name)
+        try:
+            with torch.no_grad():
+                for i in range(60):
+                    name = f"n{(start + i * (start + 1)) % 6}"
+                    with cache.use(name):
+                        if not torch.equal(model(x), expected[name]):
+                            wrong.append(name)
+        except Exception as error:
+            wrong.append(error)
 
     threads = [threading.Thread(target=serve, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -121,3 +156,49 @@ def test_switching_does_not_look_at_adapters_that_are_not_meant(monkeypatch: pyt
     assert len(walks) == 1
     model.set_adapter("own")
     assert sum(q.requires_grad for q in model.parameters()) == 2
+
+
+def test_other_threads_compute_while_adapters_come_and_go() -> None:
+    """Layers that nobody else adapts become what they were in the middle of other threads' calls."""
+    model = inlay.get_peft_model(nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))), lora(0), "own").eval()
+    coming = inlay.LoraConfig(r=2, target_modules=[str(i) for i in range(1, 12)], inference_mode=True)
+    x, stop, found = torch.randn(2, 4), threading.Event(), []
+    expected, before = model(x).detach(), sys.getswitchinterval()
+
+    def serve() -> None:
+        try:
+            with torch.no_grad(), model.use_adapters("own"):
+                while not stop.is_set():
+                    found.append(torch.equal(model(x), expected))
+        except Exception as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(3)]
+    sys.setswitchinterval(1e-7)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(25):
+            model.add_adapter("t", coming)
+            model.delete_adapter("t")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(before)
+    assert set(found) == {True}
+
+
+def test_a_call_that_began_under_an_adapter_ends_without_it() -> None:
+    """A thread may stand at the first line of a layer's forward when the last adapter leaves that layer."""
+    model = inlay.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), lora(0), "own").eval()
+    coming = inlay.LoraConfig(r=2, target_modules=["1"], init_lora_weights=False)
+    x, host = torch.randn(2, 4), model.get_base_model()[1]
+    expected = host(x)
+    model.add_adapter("t", coming)
+    begun, places = host.forward, dict(vars(host)["_inlay"])
+    held = vars(host)["_inlay"]
+    model.delete_adapter("t")
+    assert type(host) is nn.Linear
+    assert torch.equal(begun(x), expected)
+    assert held == places

@@ -29,28 +29,31 @@ class Inlaid:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hook = self.__dict__.get("_host_forward")
-        call = super().forward if hook is None else hook  # type: ignore[misc]
-        place = self._inlay.get(self._call_place)  # type: ignore[attr-defined]
+        try:
+            call, places = super().forward if hook is None else hook, self._inlay  # type: ignore[misc]
+            place = places.get(self._call_place)  # type: ignore[attr-defined]
+        except (TypeError, AttributeError):
+            # Another thread has just taken the last adapter out, and the host has its own class again.
+            return self.forward(*args, **kwargs)
         if place is not None:
             if not args:
                 # The host may be called by the name of its input.
                 first = next(iter(kwargs))
                 args, unnamed = (kwargs.pop(first),), call
                 call = lambda x, *a, **k: unnamed(*a, **{first: x}, **k)  # noqa: E731
-            if isinstance(place, Retrained) and (beneath := place.beneath(self._inlay)) is not None:
+            if isinstance(place, Retrained) and (beneath := place.beneath(places)) is not None:
                 # Other adapters change the weight of the module that this one replaces.
                 host, bare = call, hook is None
                 call = lambda x, *a, **k: beneath.forward(host, bare, x, a, k)  # noqa: E731
             return place.forward(call, hook is None, args[0], args[1:], kwargs)
-        return self._reading(call, args, kwargs)
+        return self._reading(next(iter(places.values())).session, call, args, kwargs)
 
-    def _reading(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        session = next(iter(self._inlay.values())).session
+    def _reading(self, session: Session, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = session.choice().rows
 
         def run(names: tuple[str, ...], *a: Any, **k: Any) -> Any:
             with session.local(names):
-                return self._reading(call, a, k)
+                return self._reading(session, call, a, k)
 
         if rows is not None:
             if getattr(self, "batch_first", True) is False:
@@ -75,7 +78,7 @@ def _reader(name: str) -> property:
         if hasattr(stored, "placements") and read_now.get() is None and not torch.compiler.is_compiling():
             # Not the host in its forward, but FSDP2, which looks after the shards that it put there.
             return stored
-        for place in self.__dict__["_inlay"].values():
+        for place in self.__dict__.get("_inlay", {}).values():
             reads = place.acts_now if isinstance(place, Retrained) else place.site.reads and name in (place.site.name, place.site.bias_name)
             if reads:
                 return place.value(name)
@@ -107,10 +110,15 @@ class Seats(nn.ModuleDict):
 
 def inlay(module: nn.Module, place: AnyPlace) -> None:
     """Set a place into a host; a second place of the same host joins the first."""
-    places: dict[str, AnyPlace] = module.__dict__.get("_inlay") or {}
     fresh = not isinstance(module, Inlaid)
-    host = host_class(module)
-    places[place.name] = place
+    _hold(module, {**module.__dict__.get("_inlay", {}), place.name: place})
+    if fresh:
+        _take_over_hook(module)
+        module.adapters = Seats()
+
+
+def _hold(module: nn.Module, places: dict[str, AnyPlace]) -> None:
+    """Have a host go by these places. Other threads may be in its forward: nothing that they look at is written to."""
     reads = []
     for p in places.values():
         if isinstance(p, Retrained):
@@ -119,10 +127,7 @@ def inlay(module: nn.Module, place: AnyPlace) -> None:
             reads += [n for n in (p.site.name, p.site.bias_name) if n is not None and n in module._parameters]
     called = "" if "" in places else next((n for n, p in places.items() if not p.site.reads), "none")  # type: ignore[union-attr]
     module.__dict__["_inlay"] = places
-    module.__class__ = inlaid_class(host, tuple(reads), called)
-    if fresh:
-        _take_over_hook(module)
-        module.adapters = Seats()
+    module.__class__ = inlaid_class(host_class(module), tuple(reads), called)
 
 
 def _take_over_hook(module: nn.Module) -> None:
@@ -139,15 +144,12 @@ def _take_over_hook(module: nn.Module) -> None:
 
 def lift(module: nn.Module, name: str) -> None:
     """Take a place out again; with the last one the host is what it was."""
-    places = module.__dict__["_inlay"]
     host, own = host_class(module), vars(module)
-    del places[name]
-    if places:
-        remaining = dict(places)
-        module.__dict__["_inlay"] = {}
-        for place in remaining.values():
-            inlay(module, place)
+    remaining = {n: place for n, place in own["_inlay"].items() if n != name}
+    if remaining:
+        _hold(module, remaining)
         return
+    # First of all, for the sake of threads that are in its forward.
     module.__class__ = host
     del own["_inlay"], module._modules["adapters"]
     if "_old_forward" in own:
@@ -174,6 +176,7 @@ def bare(module: nn.Module) -> nn.Module:
 def seat(place: AnyPlace, module: nn.Module, name: str, adapter: nn.Module) -> None:
     """Give an adapter its name at a place. Raw parameters of one host share the adapter's name and keep their own below it."""
     place.adapters[name] = adapter  # type: ignore[assignment]
+    place.session.revision += 1
     if isinstance(adapter, Adapter):
         adapter.name, adapter.session = name, place.session
     adapter.train(module.training)
@@ -191,6 +194,7 @@ def unseat(place: AnyPlace, module: nn.Module, name: str) -> None:
     if place.merged:
         place.unmerge()
     del place.adapters[name]
+    place.session.revision += 1
     table: nn.ModuleDict = module.adapters  # type: ignore[assignment]
     if place.name in ("", "weight"):
         del table[name]
