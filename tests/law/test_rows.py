@@ -353,12 +353,43 @@ def test_what_cannot_be_put_in_order_is_gathered_layer_by_layer() -> None:
     assert Order.of(rows, (x,), {"past_key_values": object()}) is None
     assert Order.of(rows, (x,), {"pixel_values": torch.zeros(5, 2)}) is None
     assert Order.of(rows, (x,), {"something": {"of": x}}) is None
+    text = {"input_ids": torch.zeros(3, 4)}
+    assert Order.of(rows, (), text) is not None
+    assert Order.of(rows, (), {"pixel_values": torch.zeros(3, 2)}) is not None
+    # Three images may all be of one row.
+    assert Order.of(rows, (), text | {"pixel_values": torch.zeros(3, 2)}) is None
+    assert Order.of(rows, (), text | {"position_ids": torch.zeros(3, 4)}) is not None
+    assert Order.of(rows, (), text | {"position_ids": torch.zeros(3, 3, 4)}) is None
     moved = Order.of(rows, (x,), {"cache_position": torch.arange(3)})
     assert moved is not None
     assert torch.equal(moved.into((torch.arange(3),), {"cache_position": torch.arange(3)})[1]["cache_position"], torch.arange(3))
     assert moved.into((torch.arange(3),), {})[0][0].tolist() == [0, 2, 1]
     assert moved.rows == ("a", "a", "b")
     assert [g.rows for g in grouped(("a", ("a", "b"), "a"))] == [(0, 2), (1,)]
+
+
+class OnAxes(nn.Module):
+    """Its positions are in time, height and width, ``(3, rows, length)``, as in models of text and images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.host = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        time, height, width = position_ids
+        return self.host(self.tokens(input_ids) * (1 + time + 0.1 * height + 0.01 * width).unsqueeze(-1))
+
+
+def test_positions_on_axes_stay_with_their_rows() -> None:
+    model = inlay.get_peft_model(OnAxes(), _lora(1, "host"), "a").eval()
+    model.add_adapter("b", _lora(2, "host"))
+    ids, rows = torch.arange(6).view(3, 2), ["a", "b", "a"]
+    positions = torch.randint(0, 9, (3, 3, 2), generator=torch.Generator().manual_seed(1))
+    together = model(input_ids=ids, position_ids=positions, adapter_names=rows)
+    for i, name in enumerate(rows):
+        with model.use_adapters(name):
+            torch.testing.assert_close(together[i : i + 1], model(input_ids=ids[i : i + 1], position_ids=positions[:, i : i + 1]))
 
 
 def test_wrong_rows_are_named() -> None:

@@ -126,7 +126,9 @@ def by_rows(session: Session, rows: tuple[Row, ...], run: Callable[..., Any], ar
 
 # ---- at the model's entry --------------------------------------------------------------------------------------------------
 # Arguments that have no batch in front, whatever their length.
-_WITHOUT_BATCH = frozenset({"cache_position", "logits_to_keep"})
+_WITHOUT_BATCH = frozenset({"cache_position", "logits_to_keep", "head_mask", "decoder_head_mask", "cross_attn_head_mask"})
+# What a row of text may have any number of: there may be as many as rows, and yet not one for each.
+_BESIDE_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features", "feature_")
 # What depends on the order of the rows in a way that is not ours to know.
 _KEEPS_ORDER = frozenset(
     {"past_key_values", "streamer", "assistant_model", "return_dict_in_generate", "prefix_allowed_tokens_fn", "logits_processor",
@@ -154,6 +156,11 @@ class Order:
         if torch.compiler.is_compiling() or places == tuple(range(len(places))):
             return None
         if any(kwargs.get(name) is not None for name in _KEEPS_ORDER):
+            return None
+        if kwargs.get("input_ids") is not None and any(v is not None and k.startswith(_BESIDE_TEXT) for k, v in kwargs.items()):
+            return None
+        if getattr(kwargs.get("position_ids"), "ndim", 2) > 2:
+            # Their axes (time, height, width) are in front.
             return None
         given = [*args, *(v for k, v in kwargs.items() if k not in _WITHOUT_BATCH)]
         tensors = [v for v in given if isinstance(v, Tensor)]
