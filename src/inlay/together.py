@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .core.calls import penalty
 from .core.inlaid import places
 
 if TYPE_CHECKING:
     from .model import PeftModel
 
 Batch = Mapping[str, Tensor]
-# What fills up the shorter rows of a batch: nothing there is attended to or scored.
-PADDING = {"attention_mask": 0, "labels": -100}
 
 
 def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -66,10 +65,10 @@ def step_together(model: PeftModel, jobs: Mapping[str, Job], batches: Mapping[st
         batches: by adapter: ``input_ids``, and what else the model takes, each ``(rows, length)``. Lengths may differ.
 
     Returns:
-        The loss of each adapter.
+        The loss of each adapter, with what its method adds to it in training.
 
     Raises:
-        ValueError: an adapter has no job or is not active.
+        ValueError: an adapter has no job or is not active, or only some batches have an argument of the model.
     """
     for name in batches:
         if name not in jobs:
@@ -78,11 +77,12 @@ def step_together(model: PeftModel, jobs: Mapping[str, Job], batches: Mapping[st
             raise ValueError(f"Adapter {name!r} is not active and would take no gradients; call `set_adapter({sorted(batches)})`.")
     inputs = _joined(batches)
     rows = [name for name, batch in batches.items() for _ in range(len(batch["input_ids"]))]
-    logits = model(**{key: value for key, value in inputs.items() if key != "labels"}, adapter_names=rows).logits
+    logits = model(**inputs, adapter_names=rows).logits
     losses, start = {}, 0
     for name, batch in batches.items():
         count, length = batch["input_ids"].shape
-        losses[name] = jobs[name].loss(logits[start : start + count, :length], batch)
+        term = penalty(model.get_base_model(), name) if model.training else None
+        losses[name] = jobs[name].loss(logits[start : start + count, :length], batch) + (0 if term is None else term)
         start += count
     torch.stack(list(losses.values())).sum().backward()
     for name in batches:
@@ -97,12 +97,21 @@ def step_together(model: PeftModel, jobs: Mapping[str, Job], batches: Mapping[st
 
 
 def _joined(batches: Mapping[str, Batch]) -> dict[str, Tensor]:
-    """One batch of all, filled up on the right."""
+    """One batch of all, what the model takes of each. Shorter rows are filled up on the right, where nothing is attended to.
+
+    Raises:
+        ValueError: only some of them have an argument of the model.
+    """
     longest = max(batch["input_ids"].shape[1] for batch in batches.values())
     given = {name: {"attention_mask": torch.ones_like(batch["input_ids"]), **batch} for name, batch in batches.items()}
-    keys = set.intersection(*(set(batch) for batch in given.values()))
+    keys = sorted({key for batch in given.values() for key in batch} - {"labels"})
+    for key in keys:
+        without = [name for name, batch in given.items() if key not in batch]
+        if without:
+            raise ValueError(f"The batch of {without[0]!r} has no {key!r}, and others have; the model takes it for all rows or for none.")
 
-    def filled(key: str, value: Tensor) -> Tensor:
-        return F.pad(value, (0, longest - value.shape[1]), value=PADDING.get(key, 0)) if value.ndim == 2 else value
+    def filled(batch: Batch, key: str) -> Tensor:
+        value, length = batch[key], batch["input_ids"].shape[1]
+        return F.pad(value, (0, longest - length)) if value.ndim == 2 and value.shape[1] == length else value
 
-    return {key: torch.cat([filled(key, batch[key]) for batch in given.values()]) for key in sorted(keys)}
+    return {key: torch.cat([filled(batch, key) for batch in given.values()]) for key in keys}

@@ -218,6 +218,35 @@ def test_adapters_trained_together_are_those_of_solo_runs(names: str) -> None:
         inlay.step_together(model, {}, {"a": data["a"]})
 
 
+def test_terms_of_the_loss_are_those_of_solo_runs() -> None:
+    """AdaLoRA adds one of its own to the loss, which the other adapters do not feel."""
+    ids, model = tokens(2, 5), inlay.get_peft_model(base(), inlay.LoraConfig(r=2, target_modules=["q_proj"], seed=1), "a").train()
+    options = {"target_modules": ["q_proj"], "total_step": 100, "orth_reg_weight": 5.0, "seed": 2}
+    model.add_adapter("b", inlay.AdaLoraConfig(init_r=3, target_r=2, **options))
+    model.set_adapter("b")
+    alone = model(input_ids=ids, labels=ids).loss
+    alone.backward()
+    gradients = [q.grad.clone() for q in inlay.parameters_of(model, "b")]
+    model.zero_grad()
+    model.set_adapter(["a", "b"])
+    jobs = {name: inlay.Job(torch.optim.SGD(inlay.parameters_of(model, name), lr=1.0)) for name in "ab"}
+    before = [q.detach().clone() for q in inlay.parameters_of(model, "b")]
+    losses = inlay.step_together(model, jobs, {name: {"input_ids": ids, "labels": ids} for name in "ab"})
+    assert losses["b"] == pytest.approx(alone.item(), rel=1e-5)
+    assert losses["b"] - losses["a"] > 1
+    for old, new, gradient in zip(before, inlay.parameters_of(model, "b"), gradients, strict=True):
+        torch.testing.assert_close(old - new, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_model_takes_is_given_for_all_rows() -> None:
+    model, ids = adapted(), tokens(2, 4)
+    model.set_adapter(["a", "b"])
+    jobs = {name: inlay.Job(torch.optim.SGD(inlay.parameters_of(model, name), lr=0.1)) for name in "ab"}
+    batch = {"input_ids": ids, "labels": ids}
+    with pytest.raises(ValueError, match="batch of 'b' has no 'position_ids'"):
+        inlay.step_together(model, jobs, {"a": batch | {"position_ids": torch.arange(4).expand(2, 4)}, "b": batch})
+
+
 def test_eight_threads_with_eight_adapters() -> None:
     """4,800 calls, each of whose answers is compared: each thread sees its own adapter, of a method of its own, and no other."""
     torch.manual_seed(0)

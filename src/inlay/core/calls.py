@@ -42,8 +42,7 @@ def penalised(model: nn.Module, output: Any, training: bool) -> Any:
         return output
     added = []
     for name in session.choice().names if training and getattr(output, "loss", None) is not None else ():
-        method = _penalising(session, name)
-        extra = None if method is None else method.penalty(adapters_of(model, name))
+        extra = penalty(model, name)
         if extra is not None:
             output.loss = output.loss + extra
             added.append(name)
@@ -59,6 +58,17 @@ def _penalising(session: Session, name: str) -> Method | None:
     return None if method is None or type(method).penalty is Method.penalty else method
 
 
+def penalty(model: nn.Module, name: str) -> Tensor | None:
+    """The term that an adapter adds to the loss in training; None where it adds none.
+
+    Args:
+        model: the bare model that holds it.
+    """
+    session = session_of(model)
+    method = None if session is None else _penalising(session, name)
+    return None if method is None else method.penalty(adapters_of(model, name))
+
+
 def penalties(model: nn.Module) -> Tensor | float:
     """The terms that the active adapters add to the loss, for a trainer that makes its loss of logits.
 
@@ -68,8 +78,7 @@ def penalties(model: nn.Module) -> Tensor | float:
     session = session_of(model)
     found: Tensor | float = 0.0
     for name in () if session is None else session.choice().names:
-        method = _penalising(session, name)  # type: ignore[arg-type]
-        extra = None if method is None else method.penalty(adapters_of(model, name))
+        extra = penalty(model, name)
         found = found if extra is None else found + extra
     return found
 
