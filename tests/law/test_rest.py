@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 import inlay
 from inlay.core import rest
-from inlay.kernels.mixed import add_few, few, linear_plus_few, stack
+from inlay.kernels.mixed import add_few, few, linear_in_turn, stack, turn
 
 from .test_rows import base, of, tokens
 
@@ -86,11 +86,22 @@ def _moved(model: Any) -> None:
     model.double().float()
 
 
+def _assigned(model: Any) -> None:
+    state = {key: 3 * t for key, t in model.state_dict().items() if ".b." in key}
+    assert state
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+def _pointed(model: Any) -> None:
+    written = torch.nn.utils.parameters_to_vector(inlay.parameters_of(model, "b"))
+    torch.nn.utils.vector_to_parameters(2 * written, inlay.parameters_of(model, "b"))
+
+
 def _merged(model: Any) -> None:
     model.merge_adapter(["a"])
 
 
-@pytest.mark.parametrize("change", [_scaled, _written, _loaded, _replaced, _moved, _merged])
+@pytest.mark.parametrize("change", [_scaled, _written, _loaded, _replaced, _assigned, _pointed, _moved, _merged])
 @torch.no_grad()
 def test_a_change_in_the_middle_counts(change: Callable[[Any], None]) -> None:
     model, ids, following = served(a=4, b=4), tokens(4, 5), tokens(4, 1)
@@ -166,5 +177,8 @@ def test_a_layer_in_the_adapters_order_is_the_layer_and_its_update(rows: Any, sc
     for i, mine in enumerate(rows):
         for token in (row * times + t for row in mine for t in range(times)):
             expected[token] += scales[i] * (x[token] @ factors.a[i]) @ factors.b[i]
-    torch.testing.assert_close(linear_plus_few(x, w, bias, where, factors), expected)
     torch.testing.assert_close(add_few(torch.nn.functional.linear(x, w, bias), x, where, factors), expected)
+    for shape in ((count * times, 6), (count, times, 6)):
+        how = turn(few(rows, shape[0] // count, count, x.device), torch.Size(shape), factors)
+        assert how is not None
+        torch.testing.assert_close(linear_in_turn(x.view(shape), w, bias, how, factors).view(-1, 5), expected)

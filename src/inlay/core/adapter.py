@@ -28,8 +28,9 @@ class Adapter(nn.Module):
     """
 
     trained_bias: nn.Parameter | None
-    session: Session | None
+    session: Session | None = None
     first_row = 0
+    _strength = 1.0
     _whole: Site | None = None
 
     if TYPE_CHECKING:
@@ -49,8 +50,8 @@ class Adapter(nn.Module):
         train_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.method, self.site, self.path, self.strength = method, site, path, method.strength
         self.bank_at, self.name, self.session = bank_at, "", None
+        self.method, self.site, self.path, self.strength = method, site, path, method.strength
         for name, param in self.declared.items():
             tensor = _initial(param, site, generator_for(method.seed, path, name), dtype, device)
             if param.trainable:
@@ -97,6 +98,30 @@ class Adapter(nn.Module):
         # Declarations hold functions, which do not travel; they are made again from the method.
         return {k: v for k, v in self.__dict__.items() if k != "_declared"}
 
+    # ---- what a session is told of, beside what autograd counts ----------------------------------------------------------
+    def changes(self) -> None:
+        """Have those who keep something of the adapter make it again."""
+        if self.session is not None:
+            self.session.revision += 1
+
+    @property
+    def strength(self) -> float:
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = value
+        self.changes()
+
+    def train(self, mode: bool = True) -> Adapter:
+        if mode != self.training:
+            self.changes()
+        return super().train(mode)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self.changes()
+        super().register_parameter(name, param)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         def keeping_digits(t: Tensor) -> Tensor:
             # A base that is stored in 8 bits (diffusers does so between two steps) takes its layers' children with it.
@@ -105,6 +130,7 @@ class Adapter(nn.Module):
                 return t.to(to.device)
             return fn(t)
 
+        self.changes()
         return super()._apply(keeping_digits, recurse)  # type: ignore[return-value]
 
     @property

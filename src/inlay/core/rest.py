@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..kernels.mixed import Factors, Few, Rows, Stack, add_few, add_segments, are_few, few, linear_plus_few, stack
+from ..kernels.mixed import Factors, Rows, Stack, Turn, add_few, add_segments, are_few, few, linear_in_turn, stack, turn
 
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .place import Place
     from .session import Row
 
-_how = attrgetter("strength", "training", "method")
 _version = attrgetter("_version")
 
 
@@ -33,8 +32,8 @@ class Update:
 
     def __init__(self, named: tuple[Row, ...], adapters: Sequence[Adapter], rows: Rows, factors: list[Factors], rests: bool) -> None:
         self.named, self.adapters, self.rows, self.factors, self.rests = named, adapters, rows, factors, rests
-        # Where the tokens are, by their number, and the factors side by side.
-        self._few: dict[int, Few] = {}
+        # How batches of these shapes go through the layer, and the factors side by side.
+        self._turns: dict[torch.Size, Turn] = {}
         self._stack: Stack | None = None
 
     def after(self, y: Tensor, x: Tensor) -> Tensor:
@@ -42,25 +41,24 @@ class Update:
         if y.requires_grad and y._is_view():
             # Autograd forbids writing into a view that a function returned.
             y = y.clone()
-        flat = x.reshape(-1, x.shape[-1])
-        tokens = flat.shape[0]
+        flat, count = x.reshape(-1, x.shape[-1]), len(self.named)
+        times = flat.shape[0] // count
         if self.rests and are_few(flat):
             if self._stack is None and (found := stack(self.factors)) is not None:
                 # What is used often is worth laying out as products read it fastest.
                 self._stack = found._replace(b=found.b.contiguous())
             if self._stack is not None:
-                where = self._few[tokens] = few(self.rows, tokens // len(self.named), len(self.named), x.device)
-                return add_few(y, flat, where, self._stack)
-        return add_segments(y, flat, self.rows, tokens // len(self.named), self.factors)
+                if (found := turn(few(self.rows, x.shape[0] // count, count, x.device), x.shape, self._stack)) is not None:
+                    self._turns[x.shape] = found
+                return add_few(y, flat, few(self.rows, times, count, x.device), self._stack)
+        return add_segments(y, flat, self.rows, times, self.factors)
 
     def around(self, w: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         """The linear layer of this weight and bias with the update, on ``x``; it rests."""
-        flat = x.reshape(-1, x.shape[-1])
-        where, factors = self._few.get(flat.shape[0]), self._stack
-        apart = where is None or where.each is None or factors is None or not x.dtype == w.dtype == factors.a.dtype
-        if apart or torch.is_autocast_enabled(x.device.type):
+        how, factors = self._turns.get(x.shape), self._stack
+        if how is None or factors is None or not x.dtype == w.dtype == factors.a.dtype or torch._C._is_any_autocast_enabled():
             return self.after(F.linear(x, w, bias), x)
-        return linear_plus_few(flat, w, bias, where, factors).view(*x.shape[:-1], -1)  # type: ignore[arg-type]
+        return linear_in_turn(x, w, bias, how, factors)
 
 
 class Rest:
@@ -82,12 +80,13 @@ class Rest:
         """Take down how the adapters are."""
         if self._before is not None:
             return
-        self._seats = [(place.adapters, p.name) for place, update in self._updates.items() for p in update.adapters]
-        self._adapters = [p for update in self._updates.values() for p in update.adapters]
-        banks = dict.fromkeys(p.shared for p in self._adapters if p.shared is not None)
-        holders = [*self._adapters, *(part for bank in banks for part in bank.modules())]
+        adapters = [p for update in self._updates.values() for p in update.adapters]
+        banks = dict.fromkeys(p.shared for p in adapters if p.shared is not None)
+        holders = [*adapters, *(part for bank in banks for part in bank.modules())]
         self._tensors = [t for m in holders for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        self._first = [next(update.adapters[0].parameters()) for update in self._updates.values()]
+        first = {p.name: p for p in reversed(adapters)}
+        self._first = [next(p.parameters()) for p in first.values()]
+        self._session = next((place.session for place in self._updates), None)
         # Nobody counts what is written to the tensors of inference mode, and not all others have an address.
         counted = all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in self._tensors)
         self._before = self._state() if counted else None
@@ -97,10 +96,9 @@ class Rest:
         return self._before is not None and self._before == self._state()
 
     def _state(self) -> list[Any]:
-        seated = [table.get(name) for table, name in self._seats] == self._adapters
-        # What moves a model moves all of it.
-        moved = [t.data_ptr() for t in self._first]
-        return [seated, moved, list(map(_how, self._adapters)), list(map(_version, self._tensors))]
+        revision = None if self._session is None else self._session.revision
+        # Who sets ``.data`` sets that of all tensors of an adapter.
+        return [revision, [t.data_ptr() for t in self._first], list(map(_version, self._tensors))]
 
 
 _of_caches = WeakIdKeyDictionary()

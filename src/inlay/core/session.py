@@ -81,6 +81,7 @@ class Session:
         listening: the adapters that take something from the model's call.
         adds_to_loss: the model's calls add the methods' terms to its loss; a trainer that adds them itself takes that over.
         in_loss: the adapters whose terms the last call of the model has added to its loss.
+        revision: counts the changes of seats, strengths, modes and tensors' places; what is written into tensors autograd counts.
         undo: what takes back the changes that an adapter made to the structure of the base, by name.
     """
 
@@ -94,6 +95,7 @@ class Session:
     in_loss: tuple[str, ...] = ()
     listening: set[str] = field(default_factory=set)
     adds_to_loss: bool = True
+    revision: int = 0
     undo: dict[str, Callable[[], None]] = field(default_factory=dict)
 
     def choice(self) -> Choice:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -122,24 +123,56 @@ def add_few(y: Tensor, x: Tensor, where: Few, factors: Stack) -> Tensor:
     return y
 
 
-def linear_plus_few(x: Tensor, w: Tensor, bias: Tensor | None, where: Few, factors: Stack) -> Tensor:
-    """A linear layer with what `add_few` adds, where each adapter has as many tokens: they go through it in the adapters' order.
+class Turn(NamedTuple):
+    """How a batch goes through a layer in the adapters' order, where each adapter has as many of its entries and none has two.
+
+    Attributes:
+        order, back: the entries by their adapters, those without one behind, and the way back; None where they stand so.
+        entries: how many have an adapter; None where all do.
+        inner, outer: their inputs ``(adapters, tokens, in)`` and outputs ``(adapters, tokens, out)``.
+    """
+
+    order: Tensor | None
+    back: Tensor | None
+    entries: int | None
+    inner: tuple[int, int, int]
+    outer: tuple[int, int, int]
+
+
+def turn(where: Few, shape: torch.Size, factors: Stack) -> Turn | None:
+    """
+    Args:
+        where: the entries in front of the batch, as if each were a token.
+        shape: of the batch, ``(entries, *, in)``.
+    """
+    if where.each is None:
+        return None
+    count, inp, out = factors.a.shape[0], factors.a.shape[1], factors.b.shape[2]
+    entries, tokens = count * where.each, where.each * prod(shape[1:-1])
+    covered = None if entries == shape[0] else entries
+    return Turn(where.order, where.back, covered, (count, tokens, inp), (count, tokens, out))
+
+
+def linear_in_turn(x: Tensor, w: Tensor, bias: Tensor | None, how: Turn, factors: Stack) -> Tensor:
+    """A linear layer with what `add_few` adds. The calls are what costs here, and these are the fewest.
 
     Args:
-        x: ``(tokens, in)``. w: ``(out, in)``. bias: ``(out,)`` or None. All are of one dtype.
+        x: ``(entries, *, in)``. w: ``(out, in)``. bias: ``(out,)`` or None. All are of one dtype.
     """
-    (a, b, scale), each = factors, where.each
-    assert each is not None
-    count, inp, out = a.shape[0], a.shape[1], b.shape[2]
-    tokens = count * each
-    if where.order is not None:
-        x = x.index_select(0, where.order)
+    order, back, entries, inner, outer = how
+    a, b, scale = factors
+    if order is not None:
+        x = x.index_select(0, order)
     y = F.linear(x, w, bias)
-    u = torch.bmm(x[:tokens].view(count, each, inp), a)
+    if entries is None:
+        mine, into = x, y
+    else:
+        mine, into = x[:entries], y[:entries]
+    u = torch.bmm(mine.reshape(inner), a)
     if isinstance(scale, Tensor):
         u, scale = u * scale, 1.0
-    y[:tokens].view(count, each, out).baddbmm_(u, b, alpha=scale)
-    return y if where.back is None else y.index_select(0, where.back)
+    into.view(outer).baddbmm_(u, b, alpha=scale)
+    return y if back is None else y.index_select(0, back)
 
 
 def are_few(x: Tensor) -> bool:
@@ -184,7 +217,7 @@ def _added(y: Tensor, x: Tensor, rows: Rows, times: int, scales: Sequence[float]
         # With the long axis last the narrow product runs faster (see `kernels.lowrank`).
         u = (a.to(dtype) @ x[mine].to(dtype).t()).t()
         if isinstance(mine, slice):
-            accumulate(into[mine], u, b.to(dtype).t(), scale)
+            accumulate(into[mine], u, b.to(dtype).t().contiguous(), scale)
         else:
             into.index_add_(0, mine, (u @ b.to(dtype).t()).to(y.dtype), alpha=scale)
     return y

@@ -206,6 +206,7 @@ def _become(p: Adapter, seat: Adapter) -> None:
     for name in p.declared.keys() - seat.declared.keys():
         delattr(p, name)
     p.method = seat.method
+    p.changes()
     for known in ("_declared", "_adds_low_rank_alone", "_reads_weight"):
         p.__dict__.pop(known, None)
     for name, param in seat.declared.items():
