@@ -1,12 +1,11 @@
 """A model's safetensors files read and written a tensor at a time, or a slice of one: the header first, then bytes at their offsets.
 
-Nothing is mapped into memory and nothing is unpickled. What is not changed goes from file to file inside the kernel.
+Nothing is mapped into memory and nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import os
 import zlib
@@ -19,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .direct import Output
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -233,30 +234,24 @@ class Shard:
         self.header = len(text).to_bytes(8, "little") + text
         self.size = len(self.header) + at
         self.at = {key: len(self.header) + offset for key, offset in offsets.items()}
-        self._descriptor: int | None = None
+        self._output: Output | None = None
 
     @property
-    def descriptor(self) -> int:
-        if self._descriptor is None:
-            self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-            _write(self._descriptor, self.header, 0)
-            os.truncate(self._descriptor, self.size)
-        return self._descriptor
+    def output(self) -> Output:
+        if self._output is None:
+            self._output = Output(self.file, self.size)
+            self._output.write(self.header, 0)
+        return self._output
 
     def put(self, key: str, tensor: Tensor, skipped: int = 0) -> None:
         """Write a tensor, or the part of it that begins after ``skipped`` bytes."""
         tensor = tensor.detach().contiguous()
         if tensor.nbytes:
-            _write(self.descriptor, memoryview(_bytes_of(tensor)), self.at[key] + skipped)
+            self.output.write(memoryview(_bytes_of(tensor)), self.at[key] + skipped)
 
     def copy(self, key: str, source: int, start: int, nbytes: int) -> None:
         """Write ``nbytes`` from another file, of this tensor and those behind it."""
-        _copy(source, start, self.descriptor, self.at[key], nbytes)
-
-    def send(self, at: int, nbytes: int) -> None:
-        """Have the disk begin with these bytes, so that little is left to do when the file is closed."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.descriptor, at, nbytes, os.POSIX_FADV_DONTNEED)
+        self.output.copy(source, start, nbytes, self.at[key])
 
     def check(self) -> int:
         """A checksum of the header and of blocks from everywhere in the file: what was never written shows."""
@@ -279,39 +274,13 @@ class Shard:
 
     def close(self) -> None:
         """On disk, for good."""
-        os.fsync(self.descriptor)
-        self.leave()
+        self.output.close()
+        self._output = None
 
     def leave(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-def _write(descriptor: int, data: bytes | memoryview, at: int) -> None:
-    view, done = memoryview(data).cast("B"), 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], at + done)
-
-
-def _copy(source: int, start: int, target: int, at: int, nbytes: int) -> None:
-    within_kernel = hasattr(os, "copy_file_range")
-    while nbytes:
-        if within_kernel:
-            try:
-                moved = os.copy_file_range(source, target, min(nbytes, AT_ONCE * 8), start, at)
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
-                    raise
-                within_kernel = False
-                continue
-        else:
-            block = os.pread(source, min(nbytes, AT_ONCE), start)
-            _write(target, block, at)
-            moved = len(block)
-        if not moved:
-            raise OSError("A file of the base ends too early; copy or download it again.")
-        start, at, nbytes = start + moved, at + moved, nbytes - moved
+        if self._output is not None:
+            self._output.leave()
+            self._output = None
 
 
 class Writing:

@@ -90,7 +90,6 @@ class Writer:
             self.progress(nbytes)
 
         self.writing.submit(copy, 0)
-        self.writing.afterwards(partial(shard.send, shard.at[keys[0]], nbytes))
 
     def _put(self, key: str, tensor: Tensor, rows: slice | None = None) -> None:
         shard = self.plan.shards[self.plan.where[key]]
@@ -101,7 +100,6 @@ class Writer:
             self.progress(tensor.nbytes)
 
         self.writing.submit(write, tensor.nbytes)
-        self.writing.afterwards(partial(shard.send, shard.at[key] + skipped, tensor.nbytes))
 
     # -- what adapters touch --
     def _merge(self, unit: Unit, wanted: set[str]) -> None:
