@@ -246,7 +246,7 @@ def test_rows_of_several_prefixes(bases, ids):
             assert (model(input_ids=ids).logits[i] - mixed[i]).abs().max() < 1e-5
             assert torch.equal(model.generate(**told)[i], generated[i])
     with pytest.raises(ValueError, match="virtual tokens are default and b: 8, c: 4"):
-        model(input_ids=ids, adapter_names=[("default", "b"), "c", ("default", "b")])
+        model(input_ids=ids, adapter_names=[("default", "b"), "c", ("default", "b")], use_cache=True)
 
 
 @pytest.mark.parametrize("name", ["bert-question", "bert-feature"])

@@ -126,7 +126,7 @@ def by_rows(session: Session, rows: tuple[Row, ...], run: Callable[..., Any], ar
 
 # ---- at the model's entry --------------------------------------------------------------------------------------------------
 # Arguments that have no batch in front, whatever their length.
-_WITHOUT_BATCH = frozenset({"cache_position", "logits_to_keep", "head_mask", "decoder_head_mask", "cross_attn_head_mask"})
+WITHOUT_BATCH = frozenset({"cache_position", "logits_to_keep", "head_mask", "decoder_head_mask", "cross_attn_head_mask"})
 # What a row of text may have any number of: there may be as many as rows, and yet not one for each.
 _BESIDE_TEXT = ("pixel_", "image_", "video_", "audio_", "input_features", "feature_")
 # What depends on the order of the rows in a way that is not ours to know.
@@ -162,7 +162,7 @@ class Order:
         if getattr(kwargs.get("position_ids"), "ndim", 2) > 2:
             # Their axes (time, height, width) are in front.
             return None
-        given = [*args, *(v for k, v in kwargs.items() if k not in _WITHOUT_BATCH)]
+        given = [*args, *(v for k, v in kwargs.items() if k not in WITHOUT_BATCH)]
         tensors = [v for v in given if isinstance(v, Tensor)]
         if not all(isinstance(v, (Tensor, int, float, str, bool, type(None))) for v in given):
             return None
@@ -171,7 +171,7 @@ class Order:
 
     def into(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments in the new order."""
-        moved = {k: v if k in _WITHOUT_BATCH else self._move(v, self._places) for k, v in kwargs.items()}
+        moved = {k: v if k in WITHOUT_BATCH else self._move(v, self._places) for k, v in kwargs.items()}
         return tuple(self._move(a, self._places) for a in args), moved
 
     def out_of(self, output: Any) -> Any:

@@ -176,11 +176,11 @@ def refuse_settings(names: Sequence[str], inputs: Mapping[str, Any], base: nn.Mo
         ValueError: one of these settings of a generation is made.
     """
     for name in names:
-        if _setting(name, inputs, inputs.get("generation_config"), base) is not None:
+        if setting(name, inputs, inputs.get("generation_config"), base) is not None:
             raise ValueError(f"`{name}` {why}. Leave it out.")
 
 
-def _setting(name: str, inputs: Mapping[str, Any], given: Any, base: nn.Module) -> Any:
+def setting(name: str, inputs: Mapping[str, Any], given: Any, base: nn.Module) -> Any:
     """A setting of a generation: of the call, of the configuration that was passed, of the base, in this order."""
     for value in (inputs.get(name), getattr(given, name, None), getattr(getattr(base, "generation_config", None), name, None)):
         if value is not None:
@@ -191,7 +191,7 @@ def _setting(name: str, inputs: Mapping[str, Any], given: Any, base: nn.Module) 
 def _mask_of(ids: Tensor, inputs: Mapping[str, Any], base: nn.Module) -> Tensor:
     """The mask that ``generate`` makes of tokens where it gets none: padding is hidden, unless its token also ends a text."""
     given = inputs.get("generation_config")
-    pad, eos = (_setting(name, inputs, given, base) for name in ("pad_token_id", "eos_token_id"))
+    pad, eos = (setting(name, inputs, given, base) for name in ("pad_token_id", "eos_token_id"))
     ends = eos if isinstance(eos, (list, tuple)) else [eos]
     return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
 
@@ -203,8 +203,8 @@ def _count_in_tokens(inputs: dict[str, Any], length: int, base: nn.Module) -> No
         inputs["generation_config"] = given = copy.copy(given)
     for bound in ("max", "min"):
         whole, new = f"{bound}_length", f"{bound}_new_tokens"
-        value = _setting(whole, inputs, given, base)
-        count = _setting(new, inputs, given, base)
+        value = setting(whole, inputs, given, base)
+        count = setting(new, inputs, given, base)
         inputs.pop(whole, None)
         if given is not None:
             setattr(given, whole, None)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.session import names_of
+from .apart import forward_apart, generate_apart, kinds
 from .inputs import rows_of
 from .method import PromptMethod
 
@@ -24,12 +25,18 @@ def forward_with_prompt(peft_model: PeftModel, *args: Any, **kwargs: Any) -> Any
     """The base's forward with the chosen prompts; arguments and outputs are the base's, over virtual tokens and input.
 
     Raises:
-        ValueError: rows of one batch have prompts of several lengths, or there is no input.
+        ValueError: prompts of several methods act on one row, or there is no input.
     """
     base = peft_model.get_base_model()
-    inputs = named(base.forward, args, kwargs)
-    method, vectors, options = chosen(peft_model, inputs)
-    return method.forward(base, inputs, vectors, options)
+
+    def run(inputs: dict[str, Any]) -> Any:
+        if not _acts(peft_model):
+            return base(**inputs)
+        method, vectors, options = chosen(peft_model, inputs)
+        return method.forward(base, inputs, vectors, options)
+
+    inputs, groups = named(base.forward, args, kwargs), kinds(peft_model)
+    return forward_apart(peft_model, inputs, groups, run) if groups else run(inputs)
 
 
 def generate_with_prompt(peft_model: PeftModel, *args: Any, **kwargs: Any) -> Any:
@@ -44,8 +51,19 @@ def generate_with_prompt(peft_model: PeftModel, *args: Any, **kwargs: Any) -> An
         inputs["input_ids"] = inputs.pop("inputs")
     if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
         inputs["input_ids"] = _beginning(base)
-    method, vectors, _ = chosen(peft_model, inputs)
-    return method.generate(base, inputs, vectors)
+
+    def run(inputs: dict[str, Any]) -> Any:
+        if not _acts(peft_model):
+            return base.generate(**inputs)  # type: ignore[operator]
+        method, vectors, _ = chosen(peft_model, inputs)
+        return method.generate(base, inputs, vectors)
+
+    groups = kinds(peft_model)
+    return generate_apart(peft_model, inputs, groups, run) if groups else run(inputs)
+
+
+def _acts(peft_model: PeftModel) -> bool:
+    return any(name in peft_model.prompt_encoder for name in peft_model.session.choice().all)
 
 
 def named(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,10 +100,6 @@ def chosen(peft_model: PeftModel, inputs: dict[str, Any]) -> tuple[PromptMethod,
     if choice.rows is None:
         return methods[0], torch.cat([found[n] for n in choice.names if n in found], 1), options
     acting = {row: [found[n] for n in names_of(row) if n in found] for row in choice.rows}
-    lengths = {row: sum(v.shape[1] for v in vectors) for row, vectors in acting.items()}
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{' and '.join(names_of(row)) or row}: {length}" for row, length in lengths.items())
-        raise ValueError(f"Rows of one batch need prompts of one length; virtual tokens are {told}. Run them as batches of their own.")
     if batch % len(choice.rows):
         raise ValueError(f"{len(choice.rows)} adapter names were given for a batch of {batch}; give one for each row.")
     times = batch // len(choice.rows)
