@@ -358,7 +358,7 @@ class ConvTranspose(_AnyConv):
             return self
         # Not `copy.copy`, which the compiler of torch 2.11 does not follow.
         bound = object.__new__(type(self))
-        for name in ("module", "name", "bias_name", "store", "kept", "original"):
+        for name in ("module", "name", "bias_name", "store", "kept", "original", "shape"):
             setattr(bound, name, getattr(self, name))
         bound.output_size = output_size
         return bound
