@@ -24,15 +24,16 @@ WEIGHTS = [0.7, 0.3]
 EXACT = {name for name, c in COMBINATIONS.items() if c.space in ("factors", "sum", "delta") and "sce" not in name}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.2, 0.5, 0.77, 1.0])
 @pytest.mark.parametrize("name", [name for name, c in COMBINATIONS.items() if c.space in ("factors", "sum", "delta")])
-def test_rules_on_slices(name: str, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_on_slices(name: str, density: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "AT_ONCE", 256)
-    t = torch.randn(3, 21, 10, generator=torch.Generator().manual_seed(3))
+    t = torch.randn(3, 21, 10, generator=torch.Generator().manual_seed(3), dtype=dtype)
     # Equal magnitudes, zeros, and numbers that differ in their lowest bits alone.
     t[0, ::3, :4], t[1, 5:9] = 0.5, 0
-    t[2, 3:12, 1:7] = 1 + torch.arange(54).view(9, 6) * torch.finfo(torch.float32).eps
-    w = torch.tensor([0.7, 0.4, 1.5])
+    t[2, 3:12, 1:7] = 1 + torch.arange(54).view(9, 6) * torch.finfo(dtype).eps
+    w = torch.tensor([0.7, 0.4, 1.5], dtype=dtype)
 
     def options() -> Options:
         return Options(density=density, gamma=0.1, generator=torch.Generator().manual_seed(5))

@@ -12,6 +12,9 @@ from torch import Tensor
 from ..formats.packed import slices
 from .arithmetic import Of, Options, Rule
 
+# Whole numbers of the same bits.
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
 
 @dataclass
 class Sliced:
@@ -59,16 +62,24 @@ class InSlices:
         self.generators: list[torch.Generator] = []
 
     def least(self, of: Of, kept: int) -> Tensor:
-        """Positive numbers are in the order of their bits: those of the upper half are found first, then those of the lower."""
+        """Positive numbers are in the order of their bits, which are found by sixteen, the highest ones first."""
         key = of.__qualname__, kept
         if key not in self.known:
-            upper, beyond = nearest_to((bits >> 16 for bits in self._bits(of)), kept)
-            lower, _ = nearest_to((torch.where(bits >> 16 == upper, bits & 0xFFFF, -1) for bits in self._bits(of)), kept - beyond)
-            self.known[key] = (upper << 16 | lower).int().view(torch.float32)[:, 0]
+            dtype = of(self.stacked.make(slice(0, 1))).dtype
+            found, left = torch.zeros((), dtype=BITS[dtype]), torch.tensor(kept)
+            for shift in range(8 * dtype.itemsize - 16, -1, -16):
+                above = found
+                known = (torch.where(bits >> 16 == above, bits & 0xFFFF, -1) for bits in self._bits(of, shift))
+                next_ones, beyond = nearest_to(known, left)
+                found, left = above << 16 | next_ones, left - beyond
+            self.known[key] = found.to(BITS[dtype]).view(dtype)[:, 0]
         return self.known[key]
 
-    def _bits(self, of: Of) -> Iterator[Tensor]:
-        return (of(t).flatten(1).abs().view(torch.int32) for t in self.stacked)
+    def _bits(self, of: Of, shift: int) -> Iterator[Tensor]:
+        """The bits of what is made of the tensors, without the lowest ones."""
+        for t in self.stacked:
+            made = of(t).flatten(1).abs()
+            yield made.view(BITS[made.dtype]) >> shift
 
     def sums(self, of: Of) -> Tensor:
         key = of.__qualname__, 0
