@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .core.config import nearest
 from .core.inlaid import places
-from .core.session import BASE, names_of
+from .core.session import BASE, names_of, rows_of
 from .formats.folder import CONFIG_NAME
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class AdapterCache:
     @contextmanager
     def rows(self, rows: Sequence[str | Sequence[str]]) -> Iterator[PeftModel]:
         """For each row of a batch its adapter, several, or ``"__base__"``."""
-        each = [row if isinstance(row, str) else tuple(row) for row in rows]
+        each = rows_of(rows)
         with self._held(dict.fromkeys(name for row in each for name in names_of(row))), self.model.session.local(rows=each):
             yield self.model
 
@@ -128,6 +128,9 @@ class AdapterCache:
         try:
             with self._lock:
                 for name in names:
+                    if name in self._sizes and name not in self.model.peft_config:
+                        # Somebody else took it out.
+                        del self._sizes[name]
                     if name in self._sizes:
                         self.hits += 1
                     else:

@@ -70,6 +70,8 @@ def step_together(model: PeftModel, jobs: Mapping[str, Job], batches: Mapping[st
     Raises:
         ValueError: an adapter has no job or is not active, or only some batches have an argument of the model.
     """
+    if not batches:
+        raise ValueError("There is no batch; give one for each adapter that takes a step.")
     for name in batches:
         if name not in jobs:
             raise ValueError(f"There is a batch for {name!r} and no job; jobs are there for {', '.join(jobs)}.")

@@ -202,3 +202,14 @@ def test_a_call_that_began_under_an_adapter_ends_without_it() -> None:
     assert type(host) is nn.Linear
     assert torch.equal(begun(x), expected)
     assert held == places
+
+
+def test_what_was_deleted_comes_again(shelf: Any) -> None:
+    folder, expected, x = shelf
+    model = served()
+    cache = inlay.AdapterCache(model, folder)
+    cache.load("n0")
+    model.delete_adapter("n0")
+    with cache.use("n0"), torch.no_grad():
+        assert torch.equal(model(x), expected["n0"])
+    assert (cache.loaded, cache.nbytes, cache.misses) == (["n0"], BYTES, 2)

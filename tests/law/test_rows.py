@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -427,6 +428,12 @@ def test_wrong_rows_are_named() -> None:
         model(input_ids=tokens(2), adapter_names=["A", "b"])
     with pytest.raises(ValueError, match="3 adapter names were given for a batch of 2"):
         model(input_ids=tokens(2), adapter_names=["a", "b", "a"])
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="a list with a name for each row; 'a' is one for all"):
+            call(input_ids=tokens(2), adapter_names="a")
+        for row in (None, 3, ["a", None]):
+            with pytest.raises(ValueError, match=re.escape(f"or '__base__', not {row!r}")):
+                call(input_ids=tokens(2), adapter_names=["a", row])
 
 
 @pytest.mark.parametrize("rows", [("a", "a", "a"), ("a", "b", "a"), ("__base__",) * 3])

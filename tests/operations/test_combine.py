@@ -143,6 +143,20 @@ def test_sums_of_different_methods_are_exact() -> None:
     assert session_of(model).configs["cut"].r == 2  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [1.0, 1.0], [0.0, 0.0], [2.0, -0.5]])
+@pytest.mark.parametrize("inputs", [[], ["host"]])
+def test_gains_are_weighted_by_what_they_change(inputs: list[str], weights: list[float]) -> None:
+    """HF peft sums gains: of two adapters at weight 1 it makes a layer of twice the size, and of weights 0 one of zeros."""
+    model = LINEAR.model(torch.float32)
+    for name in "ab":
+        add(model, "IA3", LINEAR, name, feedforward_modules=inputs)
+    add_weighted_adapter(model, ["a", "b"], weights, "new", "cat")
+    close(matrix(model, "new"), weights[0] * matrix(model, "a") + weights[1] * matrix(model, "b"), 1e-6)
+    session = session_of(model)
+    assert session is not None
+    assert str(session.configs["new"].peft_type) == "IA3"
+
+
 def test_a_share_in_place_of_a_rank_is_what_stays() -> None:
     model = linear({"r": 4}, {"r": 4, "seed": 3})
     add_weighted_adapter(model, ["a", "b"], [1, 1], "cut", "svd", svd_rank=0.9)

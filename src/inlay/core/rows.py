@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..kernels.mixed import Selector, positions, selector
-from .session import Row, Session, names_of
+from .session import Row, Session, names_of, rows_of
 
 
 class Group(NamedTuple):
@@ -151,7 +151,7 @@ class Order:
     @staticmethod
     def of(named: Sequence[str | Sequence[str]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Order | None:
         """The order for a call of the model; None where the rows stand right already, or where it is not sure what to move."""
-        rows = tuple(row if isinstance(row, str) else tuple(row) for row in named)
+        rows = rows_of(named)
         places = tuple(row for group in grouped(rows) for row in group.rows)
         if torch.compiler.is_compiling() or places == tuple(range(len(places))):
             return None

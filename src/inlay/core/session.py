@@ -30,6 +30,20 @@ def names_of(row: Row) -> tuple[str, ...]:
     return () if row == BASE else (row,) if isinstance(row, str) else row
 
 
+def rows_of(named: Sequence[str | Sequence[str]]) -> tuple[Row, ...]:
+    """What was named for each row of a batch.
+
+    Raises:
+        ValueError: it is one name for all of them, or a row's is no name and no list of names.
+    """
+    if isinstance(named, str):
+        raise ValueError(f"Adapters of rows are a list with a name for each row; {named!r} is one for all: use `use_adapters({named!r})`.")
+    for row in named:
+        if not isinstance(row, str) and not (isinstance(row, (list, tuple)) and all(isinstance(name, str) for name in row)):
+            raise ValueError(f"A row of a batch has an adapter's name, a list of such, or {BASE!r}, not {row!r}.")
+    return tuple(row if isinstance(row, str) else tuple(row) for row in named)
+
+
 class Choice(NamedTuple):
     """Adapters for the whole batch, in the order in which they act; or for each row, perhaps in a time in which no adapter changes."""
 
@@ -149,8 +163,7 @@ class Session:
             rows: in their place, for each row an adapter, several, or ``"__base__"``.
             rest: the time in which none of these changes, if it is one.
         """
-        each = None if rows is None else tuple(row if isinstance(row, str) else tuple(row) for row in rows)
-        choice = Choice(self.check(names), each, rest)
+        choice = Choice(self.check(names), None if rows is None else rows_of(rows), rest)
         self.check(choice.all)
         with self.under(choice):
             yield

@@ -334,7 +334,8 @@ def _are_gains(base: nn.Module, names: Sequence[str]) -> bool:
 
 
 def _add_gains(base: nn.Module, names: Sequence[str], weights: Weights, name: str) -> None:
-    """(IA)^3 of weighted gains, as HF peft; where an adapter is absent its gains are ones."""
+    """(IA)^3 of weighted gains: what an adapter adds to a gain of one is weighted, so that weights of zero give the base. HF peft
+    weighs gains themselves, which is the same where the weights' sum is one, and else scales the layer."""
     _, configs = base_and_configs(base, names)
     found: list[dict[str, Tensor]] = [{p.path: p.ia3_l.detach() for p in adapters_of(base, n)} for n in names]
     inputs = {p.path for n in names for p in adapters_of(base, n) if type(p.method) is not IA3Config}
@@ -353,7 +354,7 @@ def _add_gains(base: nn.Module, names: Sequence[str], weights: Weights, name: st
             p: Any = part.adapter
             like = next(f[p.path] for f in found if p.path in f)
             each = _weights_at(weights, p.path, len(names))
-            gains = sum(w * f.get(p.path, torch.ones_like(like)) for w, f in zip(each, found, strict=True))
-            p._parameters["ia3_l"] = nn.Parameter(torch.as_tensor(gains).to(like), requires_grad=False)
+            added = sum(w * (f[p.path] - 1) for w, f in zip(each, found, strict=True) if p.path in f)
+            p._parameters["ia3_l"] = nn.Parameter((1 + torch.as_tensor(added)).to(like), requires_grad=False)
 
     _attach(base, config, name, values)
