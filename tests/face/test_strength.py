@@ -63,6 +63,26 @@ def test_merged_weights_follow() -> None:
     torch.testing.assert_close(logits(model, x), merged, **NEAR)
 
 
+def test_merged_adapters_keep_their_order() -> None:
+    """Also where the first layer of the model has only the one that was merged last."""
+    model = inlay.get_peft_model(llama(), inlay.LoraConfig(target_modules=["q_proj", "v_proj"]), "a", mixed=True)
+    model.add_adapter("b", inlay.HRAConfig(r=2, target_modules=["v_proj"]))
+    for name in "ab":
+        stir(model, name, by=0.3)
+    model.set_adapter(["b", "a"])
+    x = ids()
+    wanted = logits(model, x)
+    model.merge_adapter(["b"])
+    model.merge_adapter(["a"])
+    for scale in (0.5, 1.0):
+        model.set_scale("a", scale)
+        assert [place.merged for place in places_of(model.get_base_model())] == [("a",), ("b", "a")] * 2
+    torch.testing.assert_close(logits(model, x), wanted, **NEAR)
+    model.set_adapter(["a", "b"])
+    model.unmerge_adapter()
+    assert (logits(model, x) - wanted).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("method", [inlay.LoraConfig, inlay.TrainableTokensConfig, inlay.IA3Config])
 def test_both_ends_of_a_tie_have_one_strength(method: Any, tie: bool) -> None:

@@ -18,7 +18,7 @@ from ..core.place import Place
 from ..core.session import Session
 from ..core.tied import Tied
 from ..methods.lora import LoraConfig
-from . import merge as merging
+from .merge import tie_again
 
 
 def set_strength(model: nn.Module, session: Session, name: str, strength: float | Mapping[str, float]) -> None:
@@ -38,15 +38,12 @@ def set_strength(model: nn.Module, session: Session, name: str, strength: float 
             raise ValueError(f"The strength of an adapter is a finite number, not {value!r}.")
         if not any(matches(pattern, p.adapters[name].path) for p in found):
             raise ValueError(f"The pattern {pattern!r} names no layer that {name!r} adapts.")
-    merged = list(dict.fromkeys(n for p in places(model) for n in p.merged))
-    if name in merged:
-        merging.unmerge(model)
     for place in found:
         values = [v for pattern, v in by_pattern.items() if matches(pattern, place.adapters[name].path)]
         if values:
-            place.adapters[name].strength = float(values[0])
-    if name in merged:
-        merging.merge(model, session, merged)
+            place.set_strength(name, values[0])
+    if any(name in place.merged for place in found):
+        tie_again(model)
 
 
 def with_strength(model: nn.Module, name: str, config: PeftConfig) -> PeftConfig:
