@@ -22,9 +22,9 @@ ROWS, ADAPTERS, PROMPT = 16, 8, 128
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def adapted(library: Any) -> torch.nn.Module:
+def adapted(library: Any, model: torch.nn.Module) -> torch.nn.Module:
     config = library.LoraConfig(r=8, target_modules=list(LINEARS), task_type="CAUSAL_LM")
-    model = library.get_peft_model(base(torch.float32), config, "a0")
+    model = library.get_peft_model(model, config, "a0")
     for i in range(1, ADAPTERS):
         model.add_adapter(f"a{i}", library.LoraConfig(r=8, target_modules=list(LINEARS), task_type="CAUSAL_LM"))
     for i in range(ADAPTERS):
@@ -93,13 +93,16 @@ def measure(models: tuple[Any, Any, Any], phase: str, make: Callable[..., Any], 
 def main() -> None:
     parser = arguments(__doc__, rounds=7)
     torch_arguments(parser)
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="width of the model")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of the model")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     phases = ("prefill", forward, PROMPT), ("decode", forward, 1), ("generate, 16 tokens", generation, 16)
-    models = base(torch.float32).eval(), adapted(peft), adapted(inlay)
+    floor, first, second = (base(torch.float32, options.hidden, options.layers).eval() for _ in range(3))
+    models = floor, adapted(peft, first), adapted(inlay, second)
     rows = [measure(models, *phase, options.rounds, options.cpu_time) for phase in phases]
-    title = f"{ROWS} rows, {ADAPTERS} adapters, Llama (hidden {HIDDEN}, {LAYERS} layers), prompts of {PROMPT} tokens"
+    title = f"{ROWS} rows, {ADAPTERS} adapters, Llama (hidden {options.hidden}, {options.layers} layers), prompts of {PROMPT} tokens"
     report(title, rows, options.json)
 
 

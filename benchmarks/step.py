@@ -51,11 +51,10 @@ CASES = {
 }
 
 
-def base(dtype: torch.dtype) -> LlamaForCausalLM:
+def base(dtype: torch.dtype, hidden: int = HIDDEN, layers: int = LAYERS) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=1376, num_hidden_layers=LAYERS, num_attention_heads=8, vocab_size=VOCABULARY, use_cache=False
-    )
+    sizes = {"hidden_size": hidden, "intermediate_size": 43 * hidden // 16, "num_hidden_layers": layers, "num_attention_heads": 8}
+    config = LlamaConfig(**sizes, vocab_size=VOCABULARY, use_cache=False)
     return LlamaForCausalLM(config).to(dtype).train()
 
 
