@@ -172,31 +172,84 @@ def test_what_is_no_matrix_is_reported_and_brought_along(tmp_path: Path, capsys:
     assert (outputs["plain"] - logits(tuned, x)).abs().max() > 1e-2
 
 
-def test_experts_that_files_keep_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, tuned = mixtral(), mixtral()
+def test_experts_are_matrices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files keep the experts of Mixtral one by one; the model has them in a stack, and so has the LoRA."""
+    base, tuned, generator = mixtral(), mixtral(), torch.Generator().manual_seed(1)
     with torch.no_grad():
         layer: Any = tuned.model.layers[0]
-        layer.mlp.experts.down_proj += 0.1
+        stack = layer.mlp.experts.down_proj
+        each = (torch.randn(*shape, generator=generator) for shape in ((*stack.shape[:2], 2), (stack.shape[0], 2, stack.shape[2])))
+        stack += 0.1 * next(each) @ next(each)
         layer.self_attn.q_proj.weight[0] += 0.1
+        layer.mlp.experts.gate_up_proj[1, 3] += 0.1
     base.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
-    found = said(["extract", tmp_path / "base", tmp_path / "tuned", "--rank", 1, "--out", tmp_path / "lora", "--retrain-others"], capsys)
-    assert [o["name"] for o in found["others"]] == ["model.layers.0.mlp.experts.down_proj"]
+    found = said(["extract", tmp_path / "base", tmp_path / "tuned", "--rank", 2, "--out", tmp_path / "lora"], capsys)
+    assert found["others"] == []
+    experts = "model.layers.0.mlp.experts"
+    assert {o["name"] for o in found["layers"]} == {"model.layers.0.self_attn.q_proj.weight", f"{experts}.gate_up_proj", f"{experts}.down_proj"}
+    assert all(o["error"] < 1e-3 for o in found["layers"])
     loaded = inlay.PeftModel.from_pretrained(mixtral(), tmp_path / "lora").eval()
     torch.testing.assert_close(logits(loaded, ids()), logits(tuned, ids()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", ["base", "tuned"])
+def test_ties_that_one_of_the_models_has(tied: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tuned = (llama(tie_word_embeddings=tied == name) for name in ("base", "tuned"))
+    own = tuned.state_dict()
+    with torch.no_grad():
+        for name, q in base.state_dict().items():
+            own[name].copy_(q)
+        for q in {id(q): q for name, q in tuned.named_parameters() if name in ("model.embed_tokens.weight", "lm_head.weight")}.values():
+            q += 0.1 * torch.outer(q[:, 0], q[0])
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    found = said(["extract", tmp_path / "base", tmp_path / "tuned", "--rank", 0.999999, "--out", tmp_path / "lora"], capsys)
+    assert {o["name"] for o in found["layers"]} == {"model.embed_tokens.weight", "lm_head.weight"}
+    loaded = inlay.PeftModel.from_pretrained(llama(tie_word_embeddings=tied == "base"), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(loaded, ids()), logits(tuned, ids()), rtol=1e-2, atol=1e-3)
+
+
+def test_convolutions_are_matrices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    def vit() -> Any:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4), add_pooling_layer=False).eval()
+
+    base, tuned = vit(), vit()
+    with torch.no_grad():
+        tuned.embeddings.patch_embeddings.projection.weight[2] += 0.1
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    found = said(["extract", tmp_path / "base", tmp_path / "tuned", "--rank", 1, "--out", tmp_path / "lora"], capsys)
+    (layer,) = found["layers"]
+    assert (layer["rank"], layer["error"] < 1e-5, found["others"]) == (1, True, [])
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    loaded = inlay.PeftModel.from_pretrained(vit(), tmp_path / "lora").eval()
+    with torch.no_grad():
+        close = torch.testing.assert_close
+        close(loaded(pixel_values=images).last_hidden_state, tuned(images).last_hidden_state, rtol=1e-4, atol=1e-5)
 
 
 def test_what_extract_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two_models(tmp_path, 2, ("q_proj",))
     llama(layers=1).save_pretrained(tmp_path / "smaller")
+    normed = llama()
+    normed.model.norm.weight.data += 1
+    normed.save_pretrained(tmp_path / "normed")
     out = ["--out", str(tmp_path / "lora")]
     for words, why in (
         (["base", "base"], "the two are the same"),
+        (["base", "normed"], "no matrix differs, but 'model.norm.weight' does"),
+        (["base", "normed", "--retrain-others"], "norms alone are no LoRA"),
+        (["smaller", "base"], "base has 'model.layers.1."),
         (["base", "tund"], "Did you mean tuned?"),
-        (["base", "smaller"], "lack"),
+        (["base", "smaller"], "base has 'model.layers.1."),
         (["base", "tuned", "--rank", "0"], "--rank 0"),
     ):
-        paths = [str(tmp_path / w) if w in ("base", "tuned", "tund", "smaller") else w for w in words]
+        paths = [str(tmp_path / w) if w in ("base", "tuned", "tund", "smaller", "normed") else w for w in words]
         assert run(["extract", *paths, *out]) == 2
         assert why in capsys.readouterr().err
         assert not (tmp_path / "lora").exists()

@@ -74,7 +74,19 @@ def extract(
     check_rank(rank)
     with Files() as files:
         one, other = base_on_disk(base, files), base_on_disk(tuned, files)
+        _check_tensors(one, other)
         return _Extractor(one, other, rank, retrain_others).run(progress)
+
+
+def _check_tensors(base: DiskBase, tuned: DiskBase) -> None:
+    """
+    Raises:
+        ValueError: one of the models has tensors that the other lacks.
+    """
+    own, its = ({name for name, _ in disk.model.named_parameters(remove_duplicate=False)} for disk in (base, tuned))
+    if own != its:
+        folder = (tuned if its - own else base).checkpoint.folder
+        raise ValueError(f"The models are of different shapes: only {folder} has {min((its - own) or (own - its))!r}.")
 
 
 class _Extractor:
