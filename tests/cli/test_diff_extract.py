@@ -187,7 +187,11 @@ def test_experts_are_matrices(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     found = said(["extract", tmp_path / "base", tmp_path / "tuned", "--rank", 2, "--out", tmp_path / "lora"], capsys)
     assert found["others"] == []
     experts = "model.layers.0.mlp.experts"
-    assert {o["name"] for o in found["layers"]} == {"model.layers.0.self_attn.q_proj.weight", f"{experts}.gate_up_proj", f"{experts}.down_proj"}
+    assert {o["name"] for o in found["layers"]} == {
+        "model.layers.0.self_attn.q_proj.weight",
+        f"{experts}.gate_up_proj",
+        f"{experts}.down_proj",
+    }
     assert all(o["error"] < 1e-3 for o in found["layers"])
     loaded = inlay.PeftModel.from_pretrained(mixtral(), tmp_path / "lora").eval()
     torch.testing.assert_close(logits(loaded, ids()), logits(tuned, ids()), rtol=1e-4, atol=1e-5)

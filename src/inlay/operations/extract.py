@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..core.method import full
 from ..core.plan import Plan
-from ..core.site import Site
-from ..core.targets import base_modules, site_at
+from ..core.site import Site, Stack
+from ..core.targets import Target, base_modules, site_at
 from ..formats.slots import PREFIX, key_in_file, slots_of_parts
 from ..formats.streaming import Files
 from ..methods.lora import LoraConfig
@@ -26,7 +26,7 @@ from .effects import Effect, Update, nothing
 
 @dataclass(frozen=True)
 class Left:
-    """A tensor that differs and that no product of two factors stands for: a bias, a norm, a stack.
+    """A tensor that differs and that no product of two factors stands for: a bias, a norm.
 
     Attributes:
         norm: of the difference.
@@ -96,30 +96,32 @@ class _Extractor:
         self.modules: list[str] = []
 
     def run(self, progress: Callable[[int, int], object] | None) -> Extraction:
-        base, model = self.base, self.base.model
-        if {k: sorted(v) for k, v in base.aliases.items()} != {k: sorted(v) for k, v in self.tuned.aliases.items()}:
-            raise ValueError("One of the models ties weights that the other keeps apart; save both in the same way first.")
-        tensors = [(path, m, leaf, q) for path, m in base_modules(model) for leaf, q in m._parameters.items() if q is not None]
-        seen: set[str] = set()
-        for done, (path, module, leaf, q) in enumerate(tensors, 1):
-            name = base.names[id(q)]
-            if name not in seen:
-                seen.add(name)
-                change = self._change(name)
+        modules = list(base_modules(self.base.model))
+        tensors = [(path, module, leaf) for path, module in modules for leaf, q in module._parameters.items() if q is not None]
+        # Weights that both models tie are one; where only one of them does, each has a change of its own.
+        seen: set[tuple[str, str]] = set()
+        for done, (path, module, leaf) in enumerate(tensors, 1):
+            name = f"{path}.{leaf}" if path else leaf
+            pair = self.base.canonical(name), self.tuned.canonical(name)
+            # A model may have more than its files, such as a pooler that was not trained.
+            if pair not in seen and (pair[0] in self.base.group_of or pair[1] in self.tuned.group_of):
+                seen.add(pair)
+                change = self._change(*pair)
                 if change is None:
                     self.same += 1
                 else:
                     self._take(path, module, leaf, name, change)
             if progress is not None:
                 progress(done, len(tensors))
-        if not self.effect.weights and not self.modules:
-            what = "only what is no matrix differs; bring it along with `retrain_others`" if self.others else "the two are the same"
-            raise ValueError(f"There is nothing to extract: {what}.")
+        if not self.effect.weights:
+            bring = "bring along what is a bias with `retrain_others`" if not self.retrain_others else "norms alone are no LoRA"
+            why = f"no matrix differs, but {self.others[0].name!r} does: {bring}" if self.others else "the two are the same"
+            raise ValueError(f"There is nothing to extract: {why}.")
         return self._written()
 
-    def _change(self, name: str) -> Tensor | None:
+    def _change(self, name: str, of_tuned: str) -> Tensor | None:
         """What is added to a tensor; None where nothing is."""
-        old, new = self.base.fetch(name), self.tuned.fetch(name)
+        old, new = self.base.fetch(name), self.tuned.fetch(of_tuned)
         if old.shape != new.shape:
             raise ValueError(f"{name!r} is {tuple(old.shape)} in the base and {tuple(new.shape)} in the tuned model.")
         if torch.equal(old, new):
@@ -130,28 +132,33 @@ class _Extractor:
         return change
 
     def _take(self, path: str, module: Any, leaf: str, name: str, change: Tensor) -> None:
-        site = _matrix_at(module)
-        if leaf == "weight" and site is not None:
-            before = self.effect.weights.get((path, "weight"))
-            found, error = cut(Update(path, site, dense=site.matrix(change)), self.rank)
+        site = _matrix_at(module, leaf)
+        if site is not None:
+            before = self.effect.weights.get((path, leaf))
+            found, error = cut(Update(Target(path, site).name, site, dense=site.matrix(change)), self.rank)
             # What was cut off is freed here; only the factors stay.
             made = replace(found, bias=None if before is None else before.bias)
-            self.effect.weights[path, "weight"] = made
-            self.effect.ties = self.effect.ties or name in self.base.aliases
+            self.effect.weights[path, leaf] = made
+            self.effect.ties = self.effect.ties or self._tied(name)
             self.layers.append(Converted(name, made.rank or 0, float(change.norm()), error))
             return
         self.others.append(Left(name, tuple(change.shape), float(change.norm()), self.retrain_others))
         if not self.retrain_others:
             return
+        site = _matrix_at(module, "weight")
         if leaf == "bias" and site is not None:
             update = self.effect.weights.get((path, "weight")) or nothing(path, site)
             self.effect.weights[path, "weight"] = replace(update, bias=change)
         elif path not in self.modules:
             self.modules.append(path)
 
+    def _tied(self, name: str) -> bool:
+        """Whether both models tie a tensor."""
+        return all(base.canonical(name) in base.aliases for base in (self.base, self.tuned))
+
     def _written(self) -> Extraction:
         model: Any = self.base.model
-        task = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
+        task = "CAUSAL_LM" if str(model.config.architectures).endswith("ForCausalLM']") else None
         like = LoraConfig(task_type=task, base_model_name_or_path=str(self.base.checkpoint.folder))
         r = self.rank if isinstance(self.rank, int) else None
         config = config_for(model, self.effect, [like], r)
@@ -163,13 +170,17 @@ class _Extractor:
         for path in self.modules:
             for leaf, q in inside[path]._parameters.items():
                 if q is not None:
-                    tensors[f"{PREFIX}{path}.{leaf}"] = self.tuned.fetch(self.base.names[id(q)])
+                    tensors[f"{PREFIX}{path}.{leaf}"] = self.tuned.fetch(self.tuned.canonical(f"{path}.{leaf}"))
         config = replace(config, modules_to_save=self.modules or None, inference_mode=True)
         return Extraction(config, tensors, self.layers, self.others, self.same)
 
 
-def _matrix_at(module: Any) -> Site | None:
-    """The site of a module whose weight is a matrix that LoRA acts on."""
-    weight = module._parameters.get("weight")
-    site = site_at(module) if weight is not None and weight.ndim == 2 else None
-    return None if site is None or site.reads or site.unfit else site
+def _matrix_at(module: Any, leaf: str) -> Site | None:
+    """The site of a tensor that is a matrix, or several of them, which LoRA acts on: a weight, or a stack of experts."""
+    q = module._parameters.get(leaf)
+    if q is None or q.ndim < 2:
+        return None
+    site = site_at(module)
+    if leaf == "weight" and site is not None:
+        return None if site.reads or site.unfit else site
+    return Stack(module, leaf) if q.ndim == 3 and site is None else None
