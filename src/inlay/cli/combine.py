@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from .output import Json, console, emit, table
-from .tuned import Device, Dtype, base_of, hush
+from .tuned import Device, Dtype, base_of, check_adapters, check_new, hush
 
 Base = Annotated[str | None, typer.Option("--base", "--model", help="Folder or hub id of the base; the one the adapter names if needed.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the new adapter; must not exist yet.")]
@@ -76,14 +76,10 @@ def combine(
 
     LoRA is combined from the files alone; what depends on the base's weights needs --base, or an adapter that names it.
     """
-    from inlay.training.errors import InputError, near_miss
+    from inlay.training.errors import InputError
 
-    for folder in adapters:
-        if not (folder / "adapter_config.json").is_file():
-            siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            raise InputError(f"{folder}: no adapter folder (no adapter_config.json in there).{near_miss(folder.name, siblings)}")
-    if out.exists():
-        raise InputError(f"--out {out}: exists already; name a new folder.")
+    check_adapters(*adapters)
+    check_new(out)
     numbers = weights_by_layer(weights) or parsed_weights(weights, len(adapters))
     share = parsed_rank(rank)
     hush()

@@ -10,7 +10,7 @@ import typer
 
 from .combine import Base, Out, adapted, parsed_rank, write
 from .output import Json, console, emit, table
-from .tuned import Device, Dtype, hush
+from .tuned import Device, Dtype, check_adapters, check_new, hush
 
 
 def convert(
@@ -25,13 +25,10 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write an adapter as LoRA: exactly where it is of low rank, else the nearest of a rank."""
-    from inlay.training.errors import InputError, near_miss
+    from inlay.training.errors import InputError
 
-    if not (adapter / "adapter_config.json").is_file():
-        siblings = [entry.name for entry in adapter.parent.iterdir()] if adapter.parent.is_dir() else []
-        raise InputError(f"{adapter}: no adapter folder (no adapter_config.json in there).{near_miss(adapter.name, siblings)}")
-    if out.exists():
-        raise InputError(f"--out {out}: exists already; name a new folder.")
+    check_adapters(adapter)
+    check_new(out)
     share = parsed_rank(rank)
     hush()
     from inlay import PeftConfig

@@ -10,7 +10,7 @@ import typer
 
 from .combine import Base, adapted
 from .output import Json, console, emit, table
-from .tuned import Device, Dtype, hush
+from .tuned import Device, Dtype, check_adapters, hush
 
 
 def diff(
@@ -26,12 +26,9 @@ def diff(
 
     LoRA is compared from the files alone; what depends on the base's weights needs --base, or an adapter that names it.
     """
-    from inlay.training.errors import InputError, near_miss
+    from inlay.training.errors import InputError
 
-    for folder in (a, b):
-        if not (folder / "adapter_config.json").is_file():
-            siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            raise InputError(f"{folder}: no adapter folder (no adapter_config.json in there).{near_miss(folder.name, siblings)}")
+    check_adapters(a, b)
     if out is not None and out.suffix.lower() != ".png":
         raise InputError(f"--out {out}: the heat map is a PNG; name it {out.with_suffix('.png').name}.")
     if out is not None and not out.parent.is_dir():

@@ -10,7 +10,7 @@ import typer
 
 from .combine import Out, parsed_rank, write
 from .output import Json, console, counting, emit, table
-from .tuned import hush
+from .tuned import check_folder, check_new, hush
 
 
 def extract(
@@ -24,14 +24,11 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Make a LoRA of two full models: of the weights that differ, read tensor by tensor from their files."""
-    from inlay.training.errors import InputError, near_miss
+    from inlay.training.errors import InputError
 
     for folder in (base, tuned):
-        if not (folder / "config.json").is_file():
-            siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            raise InputError(f"{folder}: no model folder (no config.json in there).{near_miss(folder.name, siblings)}")
-    if out.exists():
-        raise InputError(f"--out {out}: exists already; name a new folder.")
+        check_folder(folder, "model", "config.json")
+    check_new(out)
     share = parsed_rank(rank)
     assert share is not None
     hush()

@@ -12,7 +12,7 @@ import typer
 
 from .combine import parsed_weights
 from .output import Json, console, emit, hush, table
-from .tuned import Device, base_of
+from .tuned import Device, base_of, check_adapters, check_new
 
 if TYPE_CHECKING:
     from inlay.operations.stream_merge import StreamMerge
@@ -58,11 +58,13 @@ def merge(
     hush()
     if base is not None and model is not None:
         raise InputError("BASE and --model are the same thing; give one of them.")
-    adapters = _checked(adapter)
+    if not adapter:
+        raise InputError("--adapter is missing: name at least one adapter folder.")
+    check_adapters(*adapter, flag="--adapter ")
     if out is None and not dry_run:
         raise InputError("--out is missing: name a new folder for the merged model.")
-    if out is not None and out.exists():
-        raise InputError(f"--out {out}: exists already; name a new folder.")
+    if out is not None:
+        check_new(out)
     if base_dtype is not None and base_dtype not in BASE_DTYPES:
         raise InputError(f"--base-dtype {base_dtype}: give {', '.join(BASE_DTYPES)}.{near_miss(base_dtype, list(BASE_DTYPES))}")
     if original is not None and base_dtype != "original":
@@ -71,8 +73,8 @@ def merge(
         raise InputError("--original is missing: name the folder or hub id of the weights from before quantising.")
     if out_dtype is not None and out_dtype not in (*DTYPES, *DTYPES.values()):
         raise InputError(f"--out-dtype {out_dtype}: give {', '.join(DTYPES)}.")
-    numbers = parsed_weights(weights, len(adapters))
-    folder = _folder(base_of(base if base is not None else model, adapters[0]))
+    numbers = parsed_weights(weights, len(adapter))
+    folder = _folder(base_of(base if base is not None else model, adapter[0]))
     import torch
 
     from inlay.operations.stream_merge import StreamMerge
@@ -83,7 +85,7 @@ def merge(
         with _working(screen, "reading what there is to merge"):
             planned = StreamMerge(
                 folder,
-                adapters,
+                adapter,
                 numbers,
                 dtype,
                 base_dtype=base_dtype,
@@ -130,19 +132,6 @@ def merge(
         _show_rounding(facts["rounding"], screen)
     if errors:
         screen.print(f"largest error of a logit, relative to the largest one: {errors['error']:.1e}")
-
-
-def _checked(adapters: list[Path] | None) -> list[Path]:
-    from inlay.training.errors import InputError, near_miss
-
-    if not adapters:
-        raise InputError("--adapter is missing: name at least one adapter folder.")
-    for folder in adapters:
-        if not (folder / "adapter_config.json").is_file():
-            siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
-            hint = near_miss(folder.name, [name for name in siblings if name != folder.name])
-            raise InputError(f"--adapter {folder}: no adapter_config.json in there, so it is no adapter.{hint}")
-    return adapters
 
 
 def _folder(base: str) -> Path:

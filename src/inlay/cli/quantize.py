@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .output import Json, console, counting, emit, hush, table
+from .tuned import check_new
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,8 +55,7 @@ def quantize(
         raise InputError(f"--to {to}: give {', '.join(FORMATS)}.{near_miss(to, list(FORMATS))}")
     if calibration is not None and not report_init:
         raise InputError("--calibration: only --report-init has a use for data; quantising has none.")
-    if out.exists():
-        raise InputError(f"--out {out}: exists already; name a new folder.")
+    check_new(out)
     hush()
     from inlay.formats.folder import as_usual
     from inlay.kernels.quantised_tensor import QuantizedTensor

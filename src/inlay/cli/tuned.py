@@ -31,6 +31,44 @@ class Tuned:
     quantization: str
 
 
+def check_folder(folder: Path, kind: str, holds: str, flag: str = "") -> None:
+    """
+    Args:
+        kind: ``"adapter"`` or ``"model"``.
+        holds: a file that every folder of this kind has.
+        flag: under which it was named, with a space behind.
+
+    Raises:
+        InputError: it is no such folder.
+    """
+    from inlay.training.errors import InputError, near_miss
+
+    if (folder / holds).is_file():
+        return
+    siblings = [entry.name for entry in folder.parent.iterdir() if entry.name != folder.name] if folder.parent.is_dir() else []
+    raise InputError(f"{flag}{folder}: no {kind} folder (no {holds} in there).{near_miss(folder.name, siblings)}")
+
+
+def check_adapters(*folders: Path, flag: str = "") -> None:
+    """
+    Raises:
+        InputError: one of them is no adapter's folder.
+    """
+    for folder in folders:
+        check_folder(folder, "adapter", "adapter_config.json", flag)
+
+
+def check_new(out: Path) -> None:
+    """
+    Raises:
+        InputError: there is something of this name.
+    """
+    from inlay.training.errors import InputError
+
+    if out.exists():
+        raise InputError(f"--out {out}: exists already; name a new folder.")
+
+
 def base_of(model: str | None, adapter: Path | None) -> str:
     """The base model to load: the one given, the one the adapter names, or the bundled one.
 

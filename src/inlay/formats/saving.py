@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, Literal
 
@@ -75,7 +75,7 @@ def _of_tied_ends(model: nn.Module, name: str) -> dict[str, Tensor]:
     return found
 
 
-def _finder(state_dict: Mapping[str, Tensor] | None):
+def _finder(state_dict: Mapping[str, Tensor] | None) -> Callable[[Slot], Tensor]:
     if state_dict is None:
         return lambda slot: slot.tensor
     clean = {_bare(k): t for k, t in state_dict.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def _distance(a: Update, b: Update) -> float:
     return math.sqrt(sum(float((x - y).square().sum()) for x, y in _rows(a, b)))
 
 
-def _rows(a: Update, b: Update):
+def _rows(a: Update, b: Update) -> Iterator[tuple[Tensor, Tensor]]:
     """Both matrices in double precision, some rows at a time."""
     if a.dense is None and b.dense is None:
         (a1, b1), (a2, b2) = ([t.double() for t in u.factors()] for u in (a, b))
