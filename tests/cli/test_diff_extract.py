@@ -98,6 +98,26 @@ def test_diff_for_people_and_the_heat_map(tmp_path: Path, capsys: pytest.Capture
     assert int.from_bytes(data[16:20], "big") > 400
 
 
+def gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=16)).eval()
+
+
+def test_an_embedding_that_is_saved_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files of adapted embeddings hold the base's own weight too; it goes along, whatever the model calls the embedding."""
+    model = inlay.get_peft_model(gpt2(), inlay.LoraConfig(r=3, target_modules=["c_attn", "wte"])).eval()
+    stir(model, seed=1)
+    model.save_pretrained(tmp_path / "a")
+    found = said(["diff", tmp_path / "a", tmp_path / "a"], capsys)
+    assert found["from_files_alone"]
+    assert {layer["name"]: layer["distance"] for layer in found["layers"]}["transformer.wte"] == 0
+    assert not said(["combine", tmp_path / "a", tmp_path / "a", "--weights", "0.25 0.75", "--out", tmp_path / "b"], capsys)["base_read"]
+    loaded = inlay.PeftModel.from_pretrained(gpt2(), tmp_path / "b").eval()
+    torch.testing.assert_close(logits(loaded, ids()), logits(model, ids()), rtol=1e-4, atol=1e-5)
+
+
 REFUSED = [
     (["a", "bb"], "Did you mean b?"),
     (["a", "b", "--out", "x.jpg"], "x.png"),

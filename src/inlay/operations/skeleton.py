@@ -29,7 +29,7 @@ def needs_base(config: PeftConfig, tensors: Mapping[str, Tensor]) -> str:
     if config.bias != "none":
         return f"it retrains biases (bias={config.bias!r})"
     shapes = _shapes(tensors)
-    if any(None in pair for pair in shapes.values()) or len(shapes) * 2 > len(tensors):
+    if any(None in pair for pair in shapes.values()) or 2 * len(shapes) + len(_saved_along(tensors)) < len(tensors):
         return "its file holds more than factors"
     if any(a.ndim > 2 and a.shape[0] != b.shape[1] for a, b in shapes.values()):
         return "it adapts convolutions with groups"
@@ -51,13 +51,34 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Any, Any]]:
     return found
 
 
+def _saved_along(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The adapted modules whose own weight is in the file, as that of an embedding is."""
+    names = {key.removeprefix(PREFIX) for key in tensors}
+    paths = [name.removesuffix("*") for name in _shapes(tensors)]
+    return [path for path in paths if names & {f"{path}.weight", f"{path}.base_layer.weight"}]
+
+
+class Skeleton(nn.Module):
+    """Modules without a model around them, of which some are its embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["ends"] = {}
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.__dict__["ends"].get(nn.Embedding)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.__dict__["ends"].get(nn.Linear)
+
+
 def skeleton(*files: Mapping[str, Tensor]) -> nn.Module:
     """A model with the modules that these files adapt. Its weights are zeros and take no memory.
 
     Raises:
         ValueError: the files speak of one module with different shapes, so they are of different bases.
     """
-    root = nn.Module()
+    root = Skeleton()
     known: dict[str, tuple[int, ...]] = {}
     embeddings: set[str] = set()
     for file in files:
@@ -70,6 +91,8 @@ def skeleton(*files: Mapping[str, Tensor]) -> nn.Module:
                 embeddings.add(path)
     for path in sorted(known, key=_in_order):
         _set_in(root, path, _host(path in embeddings, known[path]))
+    for path in {path: None for file in files for path in _saved_along(file)}:
+        root.__dict__["ends"].setdefault(type(module := root.get_submodule(path)), module)
     return root
 
 
