@@ -33,35 +33,40 @@ class Quantised(Store):
     def unwritable(self, module: nn.Module, name: str) -> str:
         return (
             f"{self.backend} fits its numbers to data, or has no way to make them from a weight again, so nothing can be merged into this "
-            f"{_host(module).__name__}; use merge_and_unload(base='dequantized') or base='original'."
+            f"{host_of(module).__name__}; use merge_and_unload(base='dequantized') or base='original'."
         )
 
 
 class Probed(Quantised):
-    """A host that has no way to give its weight back: the rows of an identity matrix go in, the columns of the weight come out."""
+    """A host that has no way to give its weight back."""
 
     def held(self, module: nn.Module, name: str) -> Any:
         return module
 
-    @torch.no_grad()
     def read_tensor(self, stored: Any) -> Tensor:
-        from ..core.inlaid import bare
-        from ..core.place import host_class
-
-        host: Any = bare(stored) if host_class(stored) is not type(stored) else stored
-        bias = host._parameters.get("bias", host._buffers.get("bias", getattr(host, "bias", None)))
-        training = host.training
-        eye = torch.eye(host.in_features, dtype=self.dtype(host, "weight"), device=self.device(host, "weight"))
-        try:
-            host.training = False
-            columns = type(host).forward(host, eye)
-        finally:
-            host.training = training
-        # The bias is in each row once.
-        return (columns if bias is None else columns - bias).mT.contiguous()
+        return probed(stored, self.dtype(stored, "weight"), self.device(stored, "weight"))
 
 
-def _host(module: nn.Module) -> type[nn.Module]:
+@torch.no_grad()
+def probed(module: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A host's weight by its forward: the rows of an identity matrix go in, the columns of the weight come out."""
+    from ..core.inlaid import bare
+    from ..core.place import host_class
+
+    host: Any = bare(module) if host_class(module) is not type(module) else module
+    bias = host._parameters.get("bias", host._buffers.get("bias", getattr(host, "bias", None)))
+    training = host.training
+    eye = torch.eye(host.in_features, dtype=dtype, device=device)
+    try:
+        host.training = False
+        columns = type(host).forward(host, eye)
+    finally:
+        host.training = training
+    # The bias is in each row once.
+    return (columns if bias is None else columns - bias).mT.contiguous()
+
+
+def host_of(module: nn.Module) -> type[nn.Module]:
     from ..core.place import host_class
 
     return host_class(module)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..streaming import Checkpoint, Files
+from ..streaming import Checkpoint, Entry, Files
 from .weight import Numbers, Packed
 from .words import Words, pack, unpack
 
@@ -52,12 +52,28 @@ def find(checkpoint: Checkpoint, config: Mapping[str, Any], _: Files, dtype: tor
     if layout != "gemm" or bits != 4:
         raise NotImplementedError(f"awq, {bits} bits in the order of {layout!r}")
     tensors, found = checkpoint.tensors, []
-    for key, codes in tensors.items():
+    for key in tensors:
         owner, end = key.rpartition(".")[::2]
         if end == "qweight":
             parts = {n: tensors[k] for n in ("qweight", "qzeros", "scales") if (k := f"{owner}.{n}") in tensors}
             if len(parts) < 3:
                 raise ValueError(f"{checkpoint.folder} has the codes of {owner!r} and not their scales and zeros; download it again.")
-            shape = codes.shape[1] * 8, codes.shape[0]
-            found.append(AWQ.of(f"{owner}.weight", parts, shape, dtype, kind="awq 4 bits"))
+            found.append(weight(f"{owner}.weight", parts, dtype))
     return found
+
+
+def weight(key: str, parts: Mapping[str, Entry], dtype: torch.dtype) -> AWQ:
+    """
+    Args:
+        parts: by the ends of their keys.
+
+    Raises:
+        NotImplementedError: they are not all there, or do not fit each other.
+    """
+    parts = {name: parts[name] for name in ("qweight", "qzeros", "scales") if name in parts and len(parts[name].shape) == 2}
+    if len(parts) < 3 or parts["qweight"].torch_dtype != torch.int32:
+        raise NotImplementedError(f"awq, and not all of {key!r} is there")
+    (inputs, words), zeros, scales = (part.shape for part in parts.values())
+    if zeros != (scales[0], words) or scales[1] != words * 8 or not scales[0] or inputs % scales[0]:
+        raise NotImplementedError(f"awq, with codes, zeros and scales of different sizes for {key!r}")
+    return AWQ.of(key, parts, (words * 8, inputs), dtype, kind="awq 4 bits")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..streaming import Checkpoint, Files
+from ..streaming import Checkpoint, Entry, Files
 from .weight import Numbers, Packed
 from .words import Words, pack, unpack
 
@@ -53,17 +53,33 @@ def find(checkpoint: Checkpoint, config: Mapping[str, Any], _: Files, dtype: tor
     if layout not in VERSIONS or config.get("is_marlin_format"):
         raise NotImplementedError(f"gptq, in the order of {layout!r}")
     tensors, found = checkpoint.tensors, []
-    for key, codes in tensors.items():
+    for key in tensors:
         owner, end = key.rpartition(".")[::2]
         if end == "qweight":
             parts = {n: tensors[k] for n in ("qweight", "qzeros", "scales", "g_idx") if (k := f"{owner}.{n}") in tensors}
             if "scales" not in parts or "qzeros" not in parts:
                 raise ValueError(f"{checkpoint.folder} has the codes of {owner!r} and not their scales; download it again.")
-            outs, words = parts["scales"].shape[1], parts["qzeros"].shape[1]
-            bits = words * 32 // outs
-            if bits not in (2, 3, 4, 8) or codes.torch_dtype != torch.int32:
-                raise NotImplementedError(f"gptq, with codes of {bits} bits for {owner!r}")
-            shape = outs, codes.shape[0] * 32 // bits
-            more: dict[str, Any] = {"kind": f"gptq {bits} bits", "bits": bits, "less": VERSIONS[layout]}
-            found.append(GPTQ.of(f"{owner}.weight", parts, shape, dtype, **more))
+            found.append(weight(f"{owner}.weight", parts, dtype, VERSIONS[layout]))
     return found
+
+
+def weight(key: str, parts: Mapping[str, Entry], dtype: torch.dtype, less: int) -> GPTQ:
+    """
+    Args:
+        parts: by the ends of their keys.
+
+    Raises:
+        NotImplementedError: they are not all there, or do not fit each other, or have a number of bits that is not known.
+    """
+    codes, zeros, scales = (parts.get(name) for name in ("qweight", "qzeros", "scales"))
+    shapes = [part.shape for part in (codes, zeros, scales) if part is not None and len(part.shape) == 2 and part.nbytes]
+    if codes is None or len(shapes) < 3:
+        raise NotImplementedError(f"gptq, and not all of {key!r} is there")
+    (words, outs), (groups, zero_words), (scaled, width) = shapes
+    bits = zero_words * 32 // width
+    if bits not in (2, 3, 4, 8) or codes.torch_dtype != torch.int32:
+        raise NotImplementedError(f"gptq, with codes of {bits} bits for {key!r}")
+    if outs != width or groups != scaled or words * 32 % bits:
+        raise NotImplementedError(f"gptq, with codes, zeros and scales of different sizes for {key!r}")
+    parts = {name: part for name, part in parts.items() if part.nbytes}
+    return GPTQ.of(key, parts, (outs, words * 32 // bits), dtype, kind=f"gptq {bits} bits", bits=bits, less=less)

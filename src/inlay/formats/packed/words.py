@@ -17,7 +17,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     if 32 % bits == 0:
         found = [(words >> shift).bitwise_and_(most).to(torch.uint8) for shift in range(0, 32, bits)]
         return torch.stack(found, 1).flatten(0, 1)
-    at = torch.arange(0, len(words) * 32, bits)
+    at = torch.arange(0, len(words) * 32, bits, device=words.device)
     first, shift = at // 32, (at % 32).view(-1, *[1] * (words.ndim - 1))
     wide = words.long().bitwise_and_(0xFFFFFFFF)
     wide = wide | torch.cat((wide[1:], torch.zeros_like(wide[:1]))) << 32
@@ -26,7 +26,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """The inverse of `unpack`."""
-    words = torch.zeros(len(codes) * bits // 32 + 1, *codes.shape[1:], dtype=torch.int64)
+    words = torch.zeros(len(codes) * bits // 32 + 1, *codes.shape[1:], dtype=torch.int64, device=codes.device)
     for place in range(32):
         # Codes that lie alike in their words; of a stream whose codes do not fill words, 32 codes fill `bits` of them.
         own, at = codes[place::32].long(), place * bits
