@@ -102,7 +102,7 @@ def gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=16)).eval()
+    return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=16, n_layer=1, n_head=2, n_positions=16)).eval()
 
 
 def test_an_embedding_that_is_saved_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,12 +122,12 @@ def test_a_thousand_merges_in_bfloat16() -> None:
     assert not torch.equal(merged, before)
 
 
-# A method of each family: one that adds, one that scales, one that turns and one that looks at the weight.
-FAMILIES = {"LORA", "IA3", "HRA", "DELORA"}
+# A method of each family: one that adds, one that scales, one that turns, one that looks at the weight, and one that gives a bias.
+FAMILIES = {"LORA", "IA3", "HRA", "DELORA", "BEFT"}
 
 
 @pytest.mark.parametrize("others", ["families", pytest.param("all", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layout", ["linear", "conv2d", "embedding", "experts", "layer-norm"])
+@pytest.mark.parametrize("layout", ["linear", "linear-no-bias", "conv2d", "embedding", "experts", "layer-norm"])
 @pytest.mark.parametrize("first", METHOD_CASES)
 def test_stacked_pairs(first: str, layout: str, others: str) -> None:
     """Two adapters act one after the other, in the order in which they are active."""

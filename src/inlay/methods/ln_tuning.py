@@ -87,7 +87,9 @@ class LNTuningConfig(Method):
             p.ln_tuning_bias.data.copy_(b.view_as(p.ln_tuning_bias))
 
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return p.ln_tuning_weight.to(w.dtype), b if b is None else p.ln_tuning_bias.to(w.dtype).view_as(b)
+        # A bias that another adapter has given to a layer without one is not ours to replace.
+        own = b is not None and "ln_tuning_bias" in p.declared
+        return p.ln_tuning_weight.to(w.dtype), p.ln_tuning_bias.to(w.dtype).view_as(b) if own else b
 
     def apart(self, site: Site) -> tuple[str, ...]:
         return "out", "in"
