@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import inlay
 from inlay.core.attach import attach
 from inlay.core.inlaid import session_of
+from inlay.operations import convert
 from inlay.operations.convert import conversion
-from inlay.operations.effects import effects
+from inlay.operations.cutting import cut
+from inlay.operations.effects import Update, effects
 
 from ..law.layouts import Layout
 from ..law.support import BY_NAME, acting, adapted, close, each
+from ..tiny import stir
 
 LINEAR = BY_NAME["linear"]
 LAYOUTS = ("linear", "conv1d-gpt2", "conv2d-groups", "transpose2d-groups", "embedding", "layer-norm", "experts", "attention", "tied")
@@ -111,3 +115,22 @@ def test_what_is_no_function_of_the_weight_is_refused() -> None:
         conversion(model, 2, "a")
     with pytest.warns(UserWarning, match="already a LoRA"):
         inlay.convert_to_lora(adapted("LORA", LINEAR, torch.float32), 2, "a")
+
+
+def test_of_all_changes_one_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def watched(update: Update, rank: float) -> tuple[Update, float]:
+        assert update.dense is not None
+        made.append(weakref.ref(update.dense))
+        assert sum(t() is not None for t in made) == 1
+        return cut(update, rank)
+
+    monkeypatch.setattr(convert, "cut", watched)
+    host = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+    model = inlay.get_peft_model(host, inlay.HRAConfig(r=2, target_modules=["0", "1", "2", "3"]))
+    stir(model)
+    found = conversion(model, 2)
+    assert len(made) == 4
+    assert max(layer.error for layer in found.layers) < 1e-5
+    assert min(layer.norm for layer in found.layers) > 1e-3

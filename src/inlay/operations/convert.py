@@ -21,6 +21,7 @@ from ..methods.lora import LoraConfig
 from .adapter_of import config_for, put
 from .cutting import check_rank, cut
 from .effects import Update, base_and_configs, effects
+from .slicing import Sliced
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def conversion(model: nn.Module, rank: float | None = None, adapter_name: str = 
     check_rank(rank)
     base, configs = base_and_configs(model, (adapter_name,))
     source: Any = configs[adapter_name]
-    effect = effects(base, (adapter_name,))[0]
+    # Matrices are made one after another: of all only the factors are in memory.
+    effect = effects(base, (adapter_name,), sliced=Sliced.of)[0]
     if not effect.weights:
         # Tokens alone: columns of the weight, as many as the rank.
         effect.ties = effect.ties or bool(set(effect.tokens) & set(tied_paths(base).values()))
@@ -80,8 +82,9 @@ def conversion(model: nn.Module, rank: float | None = None, adapter_name: str = 
         raise ValueError(f"The chosen rank {rank} is larger than the weights' smaller side, {most}; choose a lower rank.")
     layers = []
     for key, update in _shown(effect.weights, progressbar):
-        if rank is None and update.dense is not None:
+        if rank is None and update.rank is None:
             raise ValueError(f"{update.name!r} has no factors, so a rank is needed: an integer, or a share such as 0.99.")
+        update = update.held()
         found, error = (update, 0.0) if rank is None else cut(update, rank)
         effect.weights[key] = found
         layers.append(Converted(update.name, found.rank or 0, _norm(update), error))

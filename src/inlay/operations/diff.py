@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..initializers.svd import singular_vectors, singular_vectors_of_product
 from .cutting import EPS
 from .effects import Update, base_and_configs, effects
+from .slicing import Sliced
 
 # Dense updates are compared in this many directions of each, those of the largest singular values.
 DIRECTIONS = 16
@@ -58,13 +59,15 @@ def compare(model: nn.Module, one: str, other: str) -> list[LayerDiff]:
         TypeError: a method is no function of the weight.
     """
     base, _ = base_and_configs(model, (one, other))
-    a, b = (effect.weights for effect in effects(base, (one, other)))
+    a, b = (effect.weights for effect in effects(base, (one, other), sliced=Sliced.of))
     return [_layer(a.get(key), b.get(key)) for key in dict.fromkeys((*a, *b))]
 
 
 def _layer(a: Update | None, b: Update | None) -> LayerDiff:
     known = a or b
     assert known is not None
+    # Of all matrices only those of one layer are in memory.
+    a, b = (None if u is None else u.held() for u in (a, b))
     aa, bb = _inner(a, a), _inner(b, b)
     ab = _inner(a, b)
     distance = math.sqrt(max(aa + bb - 2 * ab, 0.0))
@@ -99,7 +102,7 @@ def _inner(a: Update | None, b: Update | None) -> float:
     if a is None or b is None:
         return 0.0
     if a.dense is not None or b.dense is not None:
-        return float((a.matrix().double() * b.matrix().double()).sum())
+        return sum(float((x * y).sum()) for x, y in _rows(a, b))
     (a1, b1), (a2, b2) = ([t.double() for t in u.factors()] for u in (a, b))
     return float(((b1.mT @ b2) * (a1 @ a2.mT)).sum())
 
@@ -116,7 +119,7 @@ def _rows(a: Update, b: Update) -> Iterator[tuple[Tensor, Tensor]]:
             part = slice(start, start + ROWS)
             yield b1[..., part, :] @ a1, b2[..., part, :] @ a2
         return
-    yield a.matrix().double(), b.matrix().double()
+    yield from ((x.double(), y.double()) for x, y in zip(a.slices(), b.slices(), strict=True))
 
 
 def _conflicts(a: Update, b: Update) -> float:

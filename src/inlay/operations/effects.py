@@ -75,6 +75,10 @@ class Update:
         a, b = self.factors()
         return b @ a
 
+    def held(self) -> Update:
+        """The same with its matrix in memory, where that was not."""
+        return self if self.sliced is None else replace(self, dense=self.sliced.whole(), sliced=None)
+
     def slices(self) -> Sliced:
         """The matrix in slices: rows of it, or matrices of a stack."""
         if self.sliced is not None:
