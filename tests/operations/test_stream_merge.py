@@ -485,6 +485,30 @@ def test_an_interrupted_merge_goes_on_where_it_was(small: tuple[Path, Path], tmp
     assert kept == set(finished) - {broken}
 
 
+def test_what_is_interrupted_while_it_is_examined_is_kept(small: tuple[Path, Path], tmp_path: Path) -> None:
+    base, folder = small
+    working = working_folder(tmp_path / "out")
+
+    def written() -> dict[str, int]:
+        return {file.name: file.stat().st_mtime_ns for file in working.glob("*.safetensors")}
+
+    found: list[dict[str, int]] = []
+
+    def examine(_: Path) -> None:
+        found.append(written())
+        if len(found) == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        StreamMerge(base, [folder]).run(tmp_path / "out", examine=examine)
+    assert written() == found[0]
+    out = StreamMerge(base, [folder]).run(tmp_path / "out", examine=examine)
+    assert found[1] == found[0]
+    assert not working.exists()
+    assert not (out / journal.NAME).exists()
+    check_same(base, out, in_memory(base, [folder], tmp_path / "reference"))
+
+
 def test_another_merge_into_the_same_folder_begins_anew(small: tuple[Path, Path], tmp_path: Path) -> None:
     base, folder = small
     merge = StreamMerge(base, [folder])

@@ -44,7 +44,7 @@ class StreamMerge(Plan):
         Args:
             out: the folder, which must not exist.
             progress: called with numbers of bytes that have been written since the last time.
-            examine: called with the finished folder before it gets its name; what it raises undoes the merge.
+            examine: called with the finished folder before it gets its name; an error that it raises undoes the merge.
 
         Raises:
             ValueError: the folder exists, or a weight would not be finite.
@@ -69,11 +69,12 @@ class StreamMerge(Plan):
             for shard in self.shards.values():
                 shard.leave()
         write_others(self, folder)
-        journal.close()
         try:
             examine(folder)
-        except BaseException:
+        except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        # Until here an interruption loses nothing.
+        journal.close()
         folder.rename(out)
         return out
