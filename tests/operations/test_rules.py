@@ -145,6 +145,12 @@ def test_what_hardly_ever_stays_is_not_scaled_up_beyond_measure(density: float) 
     assert found[found != 0].abs().mean().item() < 1.5 * t.abs().mean().item() / density
 
 
+def test_a_number_alone_in_its_row_stays_by_the_density() -> None:
+    found = COMBINATIONS["della_linear"].rule(torch.ones(1, 20000, 1), torch.ones(1), Options(0.3, epsilon=0.2, generator=generator()))
+    assert (found != 0).double().mean().item() == pytest.approx(0.3, abs=0.01)
+    torch.testing.assert_close(found[found != 0], torch.full((int((found != 0).sum()),), 1 / 0.3))
+
+
 def test_outliers_are_larger_than_what_stays() -> None:
     """Numbers of one size are no outliers among themselves."""
     t = torch.ones(1, 10, 10)

@@ -333,7 +333,7 @@ def kept_by_rank(t: Tensor, o: Options) -> Tensor:
     width = t.shape[-1]
     ranks = t.abs().argsort(-1).argsort(-1).to(t.dtype)
     # A number that hardly ever stays would be scaled up beyond measure where it does.
-    spread = min(o.epsilon, o.density) * (ranks / max(width - 1, 1) - 0.5)
+    spread = min(o.epsilon, o.density) * (ranks - (width - 1) / 2) / max(width - 1, 1)
     chance = (o.density + spread).clamp_max(1)
     kept = o.seen(t).draws(t).to(t.device) < chance
     return torch.where(kept, t / chance, 0)
