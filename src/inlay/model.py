@@ -29,6 +29,9 @@ from .state_dict import get_peft_model_state_dict, load_peft_weights
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuner import BaseTuner, tuner_class
 
+# What is done with changes of weights.
+_ON_WEIGHTS = {"merge_adapter", "unmerge_adapter", "merge_and_unload", "unload", "add_weighted_adapter"}
+
 
 class PeftModel(nn.Module):
     """A base model with adapters: HF's class, its attributes and its calls.
@@ -139,7 +142,7 @@ class PeftModel(nn.Module):
         except AttributeError:
             if name in ("base_model", "prompt_encoder"):
                 raise
-            if self._is_prompt_learning and name in ("merge_adapter", "unmerge_adapter", "merge_and_unload", "unload"):
+            if self._is_prompt_learning and name in _ON_WEIGHTS:
                 raise AttributeError(f"{self.peft_type} acts on inputs and changes no weight, so there is nothing for {name!r}.") from None
             return getattr(self.base_model, name)
 

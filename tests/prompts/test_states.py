@@ -265,3 +265,9 @@ def test_threads_with_prompts_of_their_own(bases, ids, name):
         for name, found in zip(names, pool.map(lambda n: work(n, meet=True), names), strict=True):
             assert all(torch.equal(t, expected[name]) for t in found), name
     assert "prepare_inputs_for_generation" not in vars(model.get_base_model())
+
+
+@pytest.mark.parametrize("name", ["merge_adapter", "unmerge_adapter", "merge_and_unload", "unload", "add_weighted_adapter"])
+def test_what_is_done_with_changes_of_weights_is_not_there(model, name):
+    with pytest.raises(AttributeError, match=f"PROMPT_TUNING acts on inputs and changes no weight, so there is nothing for '{name}'"):
+        getattr(model, name)
