@@ -21,6 +21,8 @@ HEAD = """`D_i` is what adapter i changes in the weight, `w_i` its weight, and `
 - `trim` keeps the share d of the numbers, the largest ones; `drop` keeps each with chance d and divides it by d.
 - `magprune` keeps a number with a chance within `epsilon` of d, the larger of its row the likelier, and divides it by that.
 - `crumbs` keeps the share d of the numbers below the share `gamma` of the largest.
+- `soup`, `slerp` and `karcher` take the weights as shares of their sum, which must be positive; `sce` takes an adapter of negative
+  weight the other way round.
 - The sign of a number is that of the sum over the adapters (`majority_sign_method="total"`), or the more frequent one (`"frequency"`).
 """
 
