@@ -115,6 +115,10 @@ def experts() -> nn.Module:
     return mixtral(**WIDE, intermediate_size=12288)
 
 
+def experts_and_words() -> nn.Module:
+    return mixtral(**WIDE | {"vocab_size": 24576}, intermediate_size=6144)
+
+
 RETRAINED = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
 # The base, how many adapters, their options, and those of the merge.
 CASES: dict[str, tuple[Any, int, dict[str, Any], str]] = {
@@ -129,7 +133,7 @@ CASES: dict[str, tuple[Any, int, dict[str, Any], str]] = {
     "dare_ties of retrained heads": (words, 2, RETRAINED, "combine='dare_ties'"),
     "sce of retrained heads": (words, 2, RETRAINED, "combine='sce'"),
     "karcher of retrained heads": (words, 2, RETRAINED, "combine='karcher'"),
-    "ties of retrained experts": (experts, 2, RETRAINED | {"modules_to_save": ["mlp"]}, "combine='ties'"),
+    "ties of retrained experts": (experts_and_words, 2, RETRAINED | {"modules_to_save": ["mlp"]}, "combine='ties'"),
     "wider numbers": (wide, 1, {"target_modules": MLP}, "out_dtype=torch.float32"),
     "biases": (lambda: llama(**WIDE, intermediate_size=24576, mlp_bias=True), 1, {"target_modules": MLP, "bias": "all"}, ""),
     "experts one by one": (experts, 1, EXPERTS, ""),

@@ -26,11 +26,15 @@ from .compensation import compensate, quantised_layers
 from .offset import alive
 from .pissa import pissa
 from .started import Started
-from .together import Computed
+from .together import Computed, stacked, weights
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..core.inner import Inner
+
+
+# So many rows of a product of factors are made at once.
+ROWS = 512
 
 
 @dataclass
@@ -54,22 +58,25 @@ class LoftQConfig:
 
 def quantized(sites: Sequence[Site], w: Tensor, r: int, options: LoftQConfig) -> Tensor:
     """The weights ``(sites, *batch, out, in)`` after the last rounding, each of what the factors of the one before left over. Blocks
-    run as each host keeps its weight in memory. One round takes no copy in full precision."""
+    run as each host keeps its weight in memory. One round takes no copy in full precision, and several take one."""
 
     def of(left: Tensor, dtype: torch.dtype) -> Tensor:
         pairs = zip(sites, left, strict=True)
-        return _stacked([site.matrix(rounded(site.raw(t), options.loftq_bits, dtype)) for site, t in pairs])
+        return stacked([site.matrix(rounded(site.raw(t), options.loftq_bits, dtype)) for site, t in pairs])
 
     left = w
     for _ in range(1, options.loftq_iter):
-        a, b = pissa(full(w) - of(left, torch.float32), r, 1.0)
-        left = full(w) - (b @ a).to(full(w).dtype)
+        left = lacking(w, of(left, full(w).dtype))
+        a, b = pissa(left, r, 1.0)
+        for start in range(0, w.shape[-2], ROWS):
+            rows = slice(start, start + ROWS)
+            left[..., rows, :] = full(w[..., rows, :]) - (b[..., rows, :] @ a).to(left.dtype)
     return of(left, sites[0].dtype)
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """One by itself may be large, and is not copied."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+def lacking(w: Tensor, rounded: Tensor) -> Tensor:
+    """What rounding took from a weight, in the place of the rounded one."""
+    return rounded.neg_().add_(w)
 
 
 class Loftq(Computed):
@@ -106,7 +113,7 @@ class Loftq(Computed):
 
     def compute(self, sites: Sequence[Site], paths: Sequence[str], known: bool) -> tuple[Tensor, ...]:
         """The weight beneath the update, and factors of what that lacks."""
-        r, w = self.rank_at(sites[0]), _stacked([site.read()[0].detach() for site in sites])
+        r, w = self.rank_at(sites[0]), weights(sites)
         q = quantized(sites, w, r, LoftQConfig(**self.loftq_config))
         return (q,) if known else (q, *alive(*pissa(full(w) - full(q), r, self.scaling), r))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .svd import orthonormal, precise
+from .svd import orthonormal, precise, transposed_times
 
 
 def olora(w: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -18,6 +18,5 @@ def olora(w: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
     Returns:
         A ``(*batch, r, in)`` and B ``(*batch, out, r)``, of the rank that the weight can have at most.
     """
-    w = precise(w)
-    b = orthonormal(w[..., : min(r, *w.shape[-2:])])
-    return b.mT @ w, b
+    b = orthonormal(precise(w[..., : min(r, *w.shape[-2:])]))
+    return transposed_times(w, b).mT, b

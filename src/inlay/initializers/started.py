@@ -176,16 +176,6 @@ class Started(LowRank):
             return f"{self.init_option}=False starts from random factors, for tests"
         return "LoftQ starts from the quantised weight, as near to the base as the rank allows" if self.start_name == "loftq" else ""
 
-    @property
-    def heavy(self) -> str:
-        from . import STARTS
-
-        starter = STARTS.get(self.start_name)
-        rounds = self.start_name == "loftq" and self.loftq_config.get("loftq_iter", 1) > 1
-        if (starter is None or starter.from_data) and not rounds:
-            return ""
-        return f"its start ({self.init_option}={self.init!r}) is made again, from a decomposition of the whole weight"
-
     def acting(self) -> Method:
         """The variant under the mathematics of its start."""
         from . import KINDS

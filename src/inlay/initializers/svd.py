@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .eigenvectors import SEED, eigenvectors
+from .eigenvectors import SEED, eigenvectors, precise, precise_if_small, transposed_times
 
-
-def precise(t: Tensor) -> Tensor:
-    """In double precision, where the device has it."""
-    return t.float() if t.device.type == "mps" else t.double()
+__all__ = [
+    "SEED",
+    "approximate_singular_vectors",
+    "orthonormal",
+    "orthonormal_rows",
+    "precise",
+    "singular_vectors",
+    "singular_vectors_of_product",
+]
 
 
 def singular_vectors(w: Tensor, k: int, *, smallest: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,12 +32,12 @@ def singular_vectors(w: Tensor, k: int, *, smallest: bool = False) -> tuple[Tens
         U ``(*batch, m, k)``, S ``(*batch, k)`` falling, V ``(*batch, n, k)``. A vector whose value vanishes is zero on the
         longer side.
     """
-    w = precise(w)
     wide = w.shape[-2] <= w.shape[-1]
-    near = eigenvectors(w if wide else w.mT, k, smallest=smallest).flip(-1)
-    far = (w.mT if wide else w) @ near
+    w = precise_if_small(w if wide else w.mT)
+    near = eigenvectors(w, k, smallest=smallest).flip(-1)
+    far = transposed_times(w, near)
     values = far.norm(dim=-2)
-    far = far / values.clamp_min(torch.finfo(w.dtype).tiny).unsqueeze(-2)
+    far = far / values.clamp_min(torch.finfo(far.dtype).tiny).unsqueeze(-2)
     return (near, values, far) if wide else (far, values, near)
 
 

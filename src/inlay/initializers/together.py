@@ -119,5 +119,9 @@ class Starts(Together):
 
 
 def weights(sites: Sequence[Site]) -> Tensor:
-    """The weights of sites of one shape, ``(sites, *batch, out, in)``."""
-    return torch.stack([site.read()[0].detach() for site in sites])
+    """The weights of sites of one shape, ``(sites, *batch, out, in)``. One by itself may be large, and is not copied."""
+    return stacked([site.read()[0].detach() for site in sites])
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))

@@ -18,6 +18,7 @@ from ..core.inner import Inner
 from ..core.method import full
 from ..core.param import Param, normal, zeros
 from ..core.site import Site
+from ..initializers.svd import singular_vectors
 from .lora import LoraConfig
 
 if TYPE_CHECKING:
@@ -68,16 +69,12 @@ class Kasa(LoraConfig):
             "lora_dropped_B": Param(("out", r), zeros, trainable=False, persistent=False),
         }
 
-    @property
-    def heavy(self) -> str:
-        return "it leaves out the last singular directions of the weight, which all of them have to be known for"
-
     def derive(self, p: Adapter) -> None:
         super().derive(p)
         r = p.lora_diag.shape[-1]
-        u, s, v = torch.linalg.svd(full(p.site.read()[0].detach()), full_matrices=False)
-        p.lora_dropped_A.copy_(v[..., -r:, :])
-        p.lora_dropped_B.copy_(u[..., -r:] * s[..., None, -r:])
+        u, s, v = singular_vectors(p.site.read()[0].detach(), r, smallest=True)
+        p.lora_dropped_A.copy_(v.mT)
+        p.lora_dropped_B.copy_(u * s.unsqueeze(-2))
 
     def padded(self, p: Adapter, small: Adapter) -> dict[str, Tensor]:
         """A larger rank leaves out more of the weight: the new ranks hold what the smaller one did not leave out."""

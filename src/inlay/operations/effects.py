@@ -88,15 +88,15 @@ class Update:
         return _product(*self.factors())
 
     def raw_slices(self) -> Sliced:
-        """The same in slices of the weight as the host keeps it."""
+        """The same in slices of the weight as the host keeps it, of a stack in rows of its matrices."""
         site = self.site
         if type(site) in (Linear, Stack):
             of_matrix = self.slices()
-            return Sliced(site.raw_shape, lambda piece: site.raw(of_matrix.make(piece)))
+            return Sliced(site.raw_shape, lambda piece: site.raw(of_matrix.make(piece))).rows()
         if self.a is not None and isinstance(site, TransposedLinear):
             a, b = self.factors()
             return _product(b.mT, a.mT)
-        return Sliced.of(site.raw(self.matrix()))
+        return Sliced.of(site.raw(self.matrix())).rows()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B with the scale in B; a dense matrix beside the identity on its shorter side."""

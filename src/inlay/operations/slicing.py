@@ -42,6 +42,29 @@ class Sliced:
     def zeros(self) -> Sliced:
         return Sliced(self.shape, lambda rows: torch.zeros(rows.stop - rows.start, *self.shape[1:]))
 
+    def rows(self) -> Sliced:
+        """Of a stack the rows of its matrices, one after another. The matrix that was asked for last is kept."""
+        if len(self.shape) != 3:
+            return self
+        (count, height, width), kept = self.shape, dict[int, Tensor]()
+
+        def make(rows: slice) -> Tensor:
+            found = []
+            for i in range(rows.start // height, -(-rows.stop // height)):
+                if i not in kept:
+                    kept.clear()
+                    kept[i] = self.make(slice(i, i + 1))[0]
+                found.append(kept[i][max(0, rows.start - i * height) : rows.stop - i * height])
+            return found[0] if len(found) == 1 else torch.cat(found)
+
+        return Sliced((count * height, width), make)
+
+    def part(self, rows: slice) -> Sliced:
+        """Some of the slices."""
+        return Sliced(
+            (rows.stop - rows.start, *self.shape[1:]), lambda some: self.make(slice(rows.start + some.start, rows.start + some.stop))
+        )
+
     @staticmethod
     def of(t: Tensor | Sliced) -> Sliced:
         return t if isinstance(t, Sliced) else Sliced(t.shape, lambda rows: t[rows])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,18 @@ class AdapterFile:
         return found
 
     def read_rows(self, key: str, rows: slice) -> Tensor:
-        """Some slices of a tensor.
+        """Some slices of a tensor; of a stack some rows of its matrices, one after another.
 
         Raises:
             ValueError: a value is not finite.
         """
-        found = self.files.read(self.entries[key], rows) if self.tensors is None else self.tensors[key][rows]
+        if self.tensors is None:
+            entry = self.entries[key]
+            shape = entry.shape if len(entry.shape) != 3 else (entry.shape[0] * entry.shape[1], entry.shape[2])
+            found = self.files.read(replace(entry, shape=shape), rows)
+        else:
+            whole = self.tensors[key]
+            found = (whole.flatten(0, 1) if whole.ndim == 3 else whole)[rows]
         self._check(key, found)
         return found
 
@@ -79,7 +86,9 @@ class AdapterFile:
             into.copy_(self.read(key)[places])
             return
         for rows in slices((into.shape[0], *self.shape(key)[1:])):
-            into[rows].copy_(self.read_rows(key, rows)[(slice(None), *places[1:])])
+            found = self.files.read(self.entries[key], rows)
+            self._check(key, found)
+            into[rows].copy_(found[(slice(None), *places[1:])])
 
     def _check(self, key: str, found: Tensor) -> None:
         if not is_finite(found):

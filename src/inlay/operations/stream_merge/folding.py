@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ...core.place import Place
 from ...core.retrained import AnyPlace, Retrained
 from ..combine import combined
 from ..disk_base import Group
-from ..effects import Effect, effects, own_tensors
+from ..effects import Effect, Slicing, effects, own_tensors
 from ..slicing import Sliced
 from .pieces import AddingSliced, Pieces, across, along, lying, lying_as, of_adapter, of_update
 from .plan import Combining, Plan, Unit
@@ -62,7 +61,9 @@ class Folds:
         # What is retrained as a whole is what it is, whatever else adapts it.
         found = sorted(unit.places, key=lambda place: isinstance(place, Retrained))
         self.at = {name: place for place in found for name in plan.touched(place) if name not in plan.following}
-        self.effect = None if plan.combining is None else one_change(plan, unit, plan.combining)
+        # Tensors that are read in slices, by their identity.
+        self.known: dict[int, Sliced] = {}
+        self.effect = None if plan.combining is None else one_change(plan, unit, plan.combining, self.stored)
         # What folding a place has given beside what was asked for.
         self.found: dict[str, Tensor] = {}
 
@@ -115,19 +116,25 @@ class Folds:
         return None if None in steps else Pieces(place, lies, [step for step in steps if step is not None])
 
     def retrained(self, name: str) -> Sliced | None:
-        """What becomes of a tensor of a retrained module, in slices; None where it belongs to none."""
+        """What becomes of a tensor of a retrained module, as `stored` has it; None where it belongs to none."""
         plan, source = self.plan, self.source(name)
         place = self.at.get(source)
         if not isinstance(place, Retrained):
             return None
         key = source[len(place.path) + 1 :] if place.path else source
         if self.effect is None:
-            made = stored(plan, place.adapters[place.here(plan.order)[-1]].state_dict(keep_vars=True)[key])
+            made = self.stored(place.adapters[place.here(plan.order)[-1]].state_dict(keep_vars=True)[key])
         else:
-            made, change = stored(plan, own_tensors(place)[key]), self.effect.modules.get(place.path, {}).get(key)
+            made, change = self.stored(own_tensors(place)[key]), self.effect.modules.get(place.path, {}).get(key)
             made = made if change is None else total(made, Sliced.of(change))
         dtype = plan.dtype(plan.shape(source)[1])
         return Sliced(made.shape, lambda rows: made.make(rows).to(dtype))
+
+    def stored(self, t: Tensor) -> Sliced:
+        """See the function of this name."""
+        if id(t) not in self.known:
+            self.known[id(t)] = stored(self.plan, t)
+        return self.known[id(t)]
 
     def keep_bias(self, place: Place, b: Tensor | None) -> None:
         """What became of the bias while the weight was made in pieces."""
@@ -169,30 +176,32 @@ class Folds:
 
 
 def stored(plan: Plan, t: Tensor) -> Sliced:
-    """A tensor of the base, or of a retrained copy of a module, in slices; from the files where it has no values."""
+    """A tensor of the base, or of a retrained copy of a module, from the files where it has no values; in slices, of a stack in rows of
+    its matrices."""
     whole = t
     if id(t) in plan.copies:
         adapter, key = plan.copies[id(t)]
         if t.ndim:
-            return Sliced(t.shape, lambda rows: adapter.read_rows(key, rows).to(t.dtype))
+            shape = t.shape if t.ndim != 3 else (t.shape[0] * t.shape[1], t.shape[2])
+            return Sliced(shape, lambda rows: adapter.read_rows(key, rows).to(t.dtype))
         whole = adapter.read(key).to(t.dtype)
     elif t.device.type == "meta":
         name = plan.base.names[id(t)]
         lies = lying_as(plan, name) if t.ndim else None
         if lies is not None:
-            return Sliced(lies.shape, lies.read)
+            return Sliced(lies.shape, lies.read).rows()
         whole = plan.base.fetch(name)
     # A single number is as good as a row.
-    return Sliced.of(whole if t.ndim else whole.view(1))
+    return Sliced.of(whole if t.ndim else whole.view(1)).rows()
 
 
 def total(one: Sliced, other: Sliced) -> Sliced:
     return Sliced(one.shape, lambda rows: full(one.make(rows)) + other.make(rows))
 
 
-def one_change(plan: Plan, unit: Unit, by: Combining) -> Effect:
+def one_change(plan: Plan, unit: Unit, by: Combining, sliced: Slicing) -> Effect:
     """What all adapters of a unit amount to where they become one change first."""
-    found = effects(plan.base.model, plan.order, unit.places, partial(stored, plan))
+    found = effects(plan.base.model, plan.order, unit.places, sliced)
     effect = combined(found, by.weights, by.chosen, by.options, None, None, by.seed, sliced=True)
     for path, tokens in effect.tokens.items():
         effect.weights[path, tokens.site.name] = tokens.update(path)

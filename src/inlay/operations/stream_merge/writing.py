@@ -13,6 +13,7 @@ from ...formats import streaming
 from ...formats.packed import Packed, Packing, slices
 from ...formats.streaming import Entry, Shard, Writing
 from ..disk_base import Group
+from ..slicing import Sliced
 from .adapters import is_finite
 from .folding import Folds, filled
 from .journal import Journal
@@ -126,8 +127,7 @@ class Writer:
         apart = group is None or group.converter is None or group.is_stack(base)
         made = folds.retrained(name) if len(names) == 1 and apart and not plan.keeps(entry) else None
         if made is not None:
-            for rows in slices(made.shape):
-                self._put_rows(name, group, made.make(rows), rows, wanted)
+            self._put_sliced(name, group, made, wanted)
             return
         tensors = {n: folds.take(n) for n in names}
         for key, tensor in (tensors if group is None else group.revert(tensors, base.model, base.key_of(group))).items():
@@ -166,6 +166,17 @@ class Writer:
         if packing is not None:
             self._put_packed(packing, change, wanted)
         return torch.cat(biases) if biases else bias
+
+    def _put_sliced(self, name: str, group: Group | None, made: Sliced, wanted: set[str]) -> None:
+        if group is None or group.converter is None:
+            for rows in slices(made.shape):
+                self._put_rows(name, group, made.make(rows), rows, wanted)
+            return
+        shape = group.targets[name].shape
+        height = made.shape[0] // shape[0]
+        for i in range(shape[0]):
+            one = made.part(slice(i * height, (i + 1) * height)).whole()
+            self._put_rows(name, group, one.view(1, *shape[1:]), slice(i, i + 1), wanted)
 
     def _put_rows(self, name: str, group: Group | None, tensor: Tensor, rows: slice, wanted: set[str]) -> None:
         """Some slices of a tensor of the model, as the files keep them."""
