@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import shutil
@@ -28,7 +30,8 @@ import inlay.methods  # noqa: F401  registers them
 from inlay import LoraConfig, PeftModel, VeraConfig, from_pretrained_quantized, get_peft_model, quantize_
 from inlay.core.method import METHODS, Method
 from inlay.core.stores import store_of
-from inlay.formats.streaming import Files, Shard, read_header
+from inlay.formats.direct import Output
+from inlay.formats.streaming import Files, Shard, Writing, read_header
 from inlay.operations.stream_merge import Rounding, StreamMerge, journal, working_folder
 from inlay.operations.stream_merge.folder import SPARE
 
@@ -288,7 +291,7 @@ def test_weights_are_strengths(tmp_path: Path) -> None:
     one = adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     other = adapter(base, tmp_path / "b", VeraConfig(r=4, target_modules=["v_proj"]), 2)
     both_ways(tmp_path, base, one, other, weights=[0.5, -2.0])
-    with pytest.raises(ValueError, match="2 adapters need as many weights, not 1"):
+    with pytest.raises(ValueError, match="1 weights for 2 adapters; give one a piece"):
         StreamMerge(base, [one, other], [1.0])
 
 
@@ -309,6 +312,27 @@ def test_combinations(how: str, more: dict[str, Any], tmp_path: Path) -> None:
     assert expected.keys() == found.keys()
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["cat", "ties"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_weights_by_layer(count: int, how: str, tmp_path: Path) -> None:
+    base = saved(llama(), tmp_path / "base", torch.float32)
+    folders = [adapter(base, tmp_path / "ab"[i], LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), i) for i in range(2)][:count]
+    weights = {"layers.0.*": [1.0, -0.5][:count], ".*": [0.25, 2.0][:count]}
+    tuned = PeftModel.from_pretrained(load(base), folders[0])
+    for folder in folders[1:]:
+        tuned.load_adapter(folder, "other")
+    tuned.add_weighted_adapter(["default", "other"][:count], weights, "both", how, density=0.5)
+    tuned.merge_and_unload(adapter_names=["both"]).save_pretrained(tmp_path / "reference")
+    expected = tensors(tmp_path / "reference")
+    found = tensors(StreamMerge(base, folders, weights, combine=how, density=0.5).run(tmp_path / "out"))
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="say how to combine"):
+        StreamMerge(base, folders, weights)
+    with pytest.raises(ValueError, match="are not finite"):
+        StreamMerge(base, folders, [float("nan")] * count)
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------------------
@@ -507,6 +531,49 @@ def test_what_is_interrupted_while_it_is_examined_is_kept(small: tuple[Path, Pat
     assert not working.exists()
     assert not (out / journal.NAME).exists()
     check_same(base, out, in_memory(base, [folder], tmp_path / "reference"))
+
+
+@pytest.mark.parametrize(("after", "whole"), [(1, 0), (6, 1)])
+def test_a_disk_that_fills_up(after: int, whole: int, small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard of which something is missing is not taken for finished; the others are."""
+    base, folder = small
+    reference = in_memory(base, [folder], tmp_path / "reference")
+    out, count = tmp_path / "out", itertools.count()
+
+    def until_full(write: Any) -> Any:
+        def full(*given: Any) -> None:
+            if next(count) >= after:
+                raise OSError(errno.ENOSPC, "full")
+            write(*given)
+
+        return full
+
+    for way in ("write", "copy"):
+        monkeypatch.setattr(Output, way, until_full(getattr(Output, way)))
+    with pytest.raises(OSError, match="full"):
+        StreamMerge(base, [folder]).run(out)
+    monkeypatch.undo()
+    working, expected = working_folder(out), tensors(reference)
+    finished = json.loads((working / journal.NAME).read_text())["finished"]
+    assert len(finished) == whole < len(StreamMerge(base, [folder]).shards)
+    for name in finished:
+        assert all(torch.equal(t, expected[key]) for key, t in load_file(working / name).items())
+    check_same(base, StreamMerge(base, [folder]).run(out), reference)
+
+
+def test_what_was_submitted_after_a_failure_is_not_begun() -> None:
+    done: list[str] = []
+
+    def fail() -> None:
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"), Writing() as writing:
+        writing.submit(lambda: done.append("first"), 1)
+        writing.afterwards(lambda: done.append("flushed"))
+        writing.submit(lambda: [time.sleep(0.05), fail()], 1)
+        writing.submit(lambda: done.append("second"), 1)
+        writing.afterwards(lambda: done.append("flushed again"))
+    assert done == ["first", "flushed"]
 
 
 def test_another_merge_into_the_same_folder_begins_anew(small: tuple[Path, Path], tmp_path: Path) -> None:
