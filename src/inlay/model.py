@@ -443,7 +443,7 @@ class PeftModel(nn.Module):
             adapter_name,
             autocast_adapter_dtype,
             False,
-            **_filling(model, tensors, adapter_name, strict, config.is_prompt_learning),
+            **filling_options(model, tensors, adapter_name, strict, config.is_prompt_learning),
         )
 
     def load_adapter(
@@ -479,7 +479,7 @@ class PeftModel(nn.Module):
             return report
         config = PeftConfig.from_pretrained(model_id, subfolder=subfolder, **hub)
         config.inference_mode = not is_trainable
-        options = _filling(self.get_base_model(), tensors, adapter_name, strict, config.is_prompt_learning)
+        options = filling_options(self.get_base_model(), tensors, adapter_name, strict, config.is_prompt_learning)
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, **options)
         return LoadReport()
 
@@ -509,7 +509,8 @@ def _tuner(model: PeftModel) -> BaseTuner:
     return tuner
 
 
-def _filling(model: nn.Module, tensors: Mapping[str, Tensor], name: str, strict: bool, prompt: bool) -> dict[str, Any]:
+def filling_options(model: nn.Module, tensors: Mapping[str, Tensor], name: str, strict: bool, prompt: bool) -> dict[str, Any]:
+    """Of `add_adapter`: what gives a new adapter its values from a file."""
     if prompt:
         return {"tensors": tensors, "strict": strict}
 

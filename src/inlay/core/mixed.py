@@ -96,7 +96,7 @@ def _once(place: Place, call: Callable[[Tensor], Any], groups: Sequence[Group], 
     return put_back(groups, parts[::-1], times)
 
 
-def _adds_low_rank_alone(p: Adapter) -> bool:
+def adds_low_rank_alone(p: Adapter) -> bool:
     """Whether an adapter does nothing here but add ``s B A``."""
     known = p.__dict__.get("_adds_low_rank_alone")
     if known is None:
@@ -115,7 +115,7 @@ def _low_rank(place: Place, named: tuple[Row, ...], groups: Sequence[Group], res
     for group in groups:
         for name in group.names:
             p = place.adapters[name]
-            if p not in found and not _adds_low_rank_alone(p):
+            if p not in found and not adds_low_rank_alone(p):
                 return None
             found.setdefault(p, []).extend(group.rows)
     rows = tuple(tuple(sorted(mine)) for mine in found.values())

@@ -277,7 +277,7 @@ class Embedding(TransposedLinear):
         return self.scaled(F.linear(h, b))
 
 
-class _AnyConv(Site):
+class AnyConv(Site):
     """What convolutions of either direction share: groups as a batch axis, the kernel, broadcasting over channels."""
 
     @property
@@ -302,7 +302,7 @@ class _AnyConv(Site):
 
 
 @layout(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-class Conv(_AnyConv):
+class Conv(AnyConv):
     """Convolutions as a matrix on patches: ``(out, in * kernel)``, or ``(groups, out / groups, in / groups * kernel)``.
 
     torch's own forward applies any other kernel of the same extent, so stride, padding of every mode, dilation and groups
@@ -337,7 +337,7 @@ class Conv(_AnyConv):
 
 
 @layout(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-class ConvTranspose(_AnyConv):
+class ConvTranspose(AnyConv):
     """Transposed convolutions: each input channel goes to ``out * kernel`` places, so the matrix is ``(out * kernel, in)``."""
 
     output_size: list[int] | None = None

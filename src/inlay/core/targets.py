@@ -116,7 +116,7 @@ def explain_targets(model: nn.Module, config: Method) -> Explanation:
     for path, module in modules:
         if not path:
             continue
-        pattern = _hit(wanted, path)
+        pattern = target_for(wanted, path)
         if pattern is None:
             if site_of(module) is not None:
                 found.frozen.append(path)
@@ -236,7 +236,7 @@ def resolved_targets(model: nn.Module, config: Method, targets: Iterable[Target]
     names = [p for p, _ in base_modules(model)]
     paths = {t.path for t in targets if not isinstance(t.site, Stack)}
     for found in ({p.rpartition(".")[2] for p in paths}, paths):
-        if {n for n in names if _hit(found, n) is not None} == paths:
+        if {n for n in names if target_for(found, n) is not None} == paths:
             return found
     return "|".join(re.escape(p) for p in sorted(paths))
 
@@ -261,10 +261,10 @@ def _all_linear(model: nn.Module, config: Method) -> Exactly:
 
 def is_meant(wanted: Collection[str], path: str) -> bool:
     """Whether ``target_modules`` or their like mean this module."""
-    return _hit(wanted, path) is not None
+    return target_for(wanted, path) is not None
 
 
-def _hit(wanted: Collection[str], path: str) -> str | None:
+def target_for(wanted: Collection[str], path: str) -> str | None:
     """The pattern that means this module."""
     if isinstance(wanted, str):
         return wanted if re.fullmatch(wanted, path) else None
@@ -280,7 +280,7 @@ def left_out(config: Method, path: str) -> str | None:
 
 def _excluded(config: Method, path: str) -> str | None:
     if config.exclude_modules:
-        hit = _hit(config.exclude_modules, path)
+        hit = target_for(config.exclude_modules, path)
         if hit is not None:
             return f"exclude_modules has {hit!r}"
     for name in config.modules_to_save or ():
@@ -347,7 +347,7 @@ def _parameters(modules: Iterable[tuple[str, nn.Module]], config: Method, found:
         own = []
         for name in module._parameters:
             full_name = f"{path}.{name}" if path else name
-            pattern = _hit(set(config.target_parameters), full_name)
+            pattern = target_for(set(config.target_parameters), full_name)
             if pattern is not None and module._parameters[name] is not None:
                 hit.add(pattern)
                 own.append((name, full_name))

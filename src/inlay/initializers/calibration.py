@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.families import acts_on_last_axis
-from ..core.site import _AnyConv
+from ..core.site import AnyConv
 
 if TYPE_CHECKING:
     from ..core.method import Method
@@ -36,7 +36,7 @@ def targets(model: nn.Module, config: Method) -> dict[str, Site]:
 
 def is_multiplied(site: Site) -> bool:
     """Whether what a layer's matrix multiplies can be told from the layer's input: not where the host reads its weight itself."""
-    return acts_on_last_axis(site) or isinstance(site, _AnyConv)
+    return acts_on_last_axis(site) or isinstance(site, AnyConv)
 
 
 def multiplied(site: Site, x: Tensor) -> Tensor:

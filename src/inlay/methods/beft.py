@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..core.config import PeftType
 from ..core.method import Method, register
 from ..core.param import Param, normal, zeros
-from ..core.site import Embedding, Site, _AnyConv
+from ..core.site import AnyConv, Embedding, Site
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -64,7 +64,7 @@ class BeftConfig(Method):
         if isinstance(p.site, Embedding):
             # Each token looks up exactly one column, so a bias is that vector on all of them.
             return w + v.unsqueeze(-1), b
-        v = v.flatten() if isinstance(p.site, _AnyConv) else v
+        v = v.flatten() if isinstance(p.site, AnyConv) else v
         return w, v if b is None else b + v
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:

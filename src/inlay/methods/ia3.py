@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..core.config import PeftType
 from ..core.method import Method, register
 from ..core.param import Param, normal, ones
-from ..core.site import Embedding, Linear, Site, TransposedLinear, _AnyConv
-from ..core.targets import _hit, architecture
+from ..core.site import AnyConv, Embedding, Linear, Site, TransposedLinear
+from ..core.targets import architecture, target_for
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -77,14 +77,14 @@ class IA3Config(Method):
 
     def at(self, path: str) -> Method:
         method = super().at(path)
-        return method.become(FeedForward) if _hit(self.feedforward_modules or (), path) else method
+        return method.become(FeedForward) if target_for(self.feedforward_modules or (), path) else method
 
     def params(self, site: Site) -> dict[str, Param]:
         return {"ia3_l": self._gains("channel", site)}
 
     def _gains(self, axis: str, site: Site) -> Param:
         shape = None
-        if isinstance(site, _AnyConv):
+        if isinstance(site, AnyConv):
             shape = (1, -1, *(1 for _ in site.kernel))
         elif isinstance(site, (Linear, TransposedLinear)):
             shape = (-1, 1) if axis == "channel" else (1, -1)

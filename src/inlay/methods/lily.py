@@ -16,7 +16,7 @@ from ..core.additive import add, meet
 from ..core.config import PeftType
 from ..core.method import Method, padded, register
 from ..core.param import Param, generator_for, kaiming_uniform
-from ..core.site import Site, _AnyConv
+from ..core.site import AnyConv, Site
 from ..core.targets import ALL_LINEAR
 from ..kernels.routed import linear_plus_routed
 
@@ -129,7 +129,7 @@ class LilyConfig(Method):
         y = inner(x)
         x, a, b, router = meet(x, a, b, p.lily_router)
         hidden = site.down(x, a)
-        rows = hidden.movedim(1, -1) if isinstance(site, _AnyConv) else hidden
+        rows = hidden.movedim(1, -1) if isinstance(site, AnyConv) else hidden
         rows = rows.reshape(-1, *site.batch, self.r)
         shares = torch.einsum("n...r,...er->n...e", rows, router).softmax(-1).mean(0)
         mixed = torch.einsum("...e,...ero->...or", shares, b.unflatten(-2, (self.num_B, self.r)))

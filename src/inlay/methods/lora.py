@@ -15,7 +15,7 @@ from ..core.adapter import Adapter
 from ..core.config import PeftType
 from ..core.method import Method, register
 from ..core.param import Init, Param, normal, zeros
-from ..core.site import Embedding, Linear, Site, TransposedLinear, _AnyConv
+from ..core.site import AnyConv, Embedding, Linear, Site, TransposedLinear
 from ..initializers.plain import gaussian, orthogonal, uniform
 from ..initializers.started import LoraRuntimeConfig as LoraRuntimeConfig
 from ..initializers.started import Started
@@ -262,7 +262,7 @@ class LoraConfig(Started):
         return replicate(base, self.layer_replication)
 
     def refuses(self, site: Site) -> str | None:
-        groups = getattr(site.module, "groups", 1) if isinstance(site, _AnyConv) else 1
+        groups = getattr(site.module, "groups", 1) if isinstance(site, AnyConv) else 1
         if self.r % groups:
             return f"its {groups} groups share the rank, and r={self.r} is not divisible by {groups}"
         if self.init_lora_weights == "orthogonal" and self.r // groups % 2:
@@ -293,7 +293,7 @@ class LoraConfig(Started):
         return declared
 
     def _rank(self, site: Site) -> int:
-        return self.r // (getattr(site.module, "groups", 1) if isinstance(site, _AnyConv) else 1)
+        return self.r // (getattr(site.module, "groups", 1) if isinstance(site, AnyConv) else 1)
 
     def _in_a(self, site: Site, columns: str | int) -> Param:
         """A, with as many columns."""
@@ -317,4 +317,4 @@ class LoraConfig(Started):
     def delta_bias(self, p: Adapter) -> Tensor | None:
         if not self.lora_bias:
             return None
-        return self.scaling * (p.lora_B_bias.flatten() if isinstance(p.site, _AnyConv) else p.lora_B_bias)
+        return self.scaling * (p.lora_B_bias.flatten() if isinstance(p.site, AnyConv) else p.lora_B_bias)

@@ -15,7 +15,7 @@ from ..core.config import PeftType, nearest
 from ..core.families import in_full_precision, nearest_divisor
 from ..core.method import Method, full, register
 from ..core.param import Param, normal, ones, zeros
-from ..core.site import Linear, Site, TransposedLinear, _AnyConv
+from ..core.site import AnyConv, Linear, Site, TransposedLinear
 from ..kernels.pairs import formula, turn_pairs
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class RoadConfig(Method):
 
     def around(self, p: Adapter, inner: Inner, x: Tensor) -> Tensor:
         site = inner.site
-        if not isinstance(site, (Linear, TransposedLinear, _AnyConv)):
+        if not isinstance(site, (Linear, TransposedLinear, AnyConv)):
             return super().around(p, inner, x)
         axis = -1 - len(site.kernel)
         straight, across = (t.flatten() for t in self.columns(p))

@@ -333,7 +333,7 @@ class Undo:
     def load(self, name: str, source: str, trainable: bool) -> None:
         from ..core.attach import attach
         from ..core.inlaid import session_of
-        from ..model import _filling
+        from ..model import filling_options
         from ..state_dict import load_peft_weights
 
         session = session_of(self.base)
@@ -342,7 +342,7 @@ class Undo:
         config = PeftConfig.from_pretrained(source)
         config.inference_mode = not trainable
         tensors = load_peft_weights(str(source), device="cpu")
-        attach(self.base, config, name, activate_it=False, **_filling(self.base, tensors, name, True, config.is_prompt_learning))
+        attach(self.base, config, name, activate_it=False, **filling_options(self.base, tensors, name, True, config.is_prompt_learning))
         self.names.append(name)
 
     def set_use_cache(self, value: bool) -> None:

@@ -18,7 +18,7 @@ from ..core.inlaid import places
 from ..core.method import Method, full
 from ..core.plan import Part, materialise
 from ..core.retrained import Retrained
-from ..core.site import Embedding, Site, Stack, _AnyConv
+from ..core.site import AnyConv, Embedding, Site, Stack
 from ..core.targets import explain_targets, tied_paths
 from ..core.tied import Tied
 from ..methods.full import FullConfig
@@ -30,7 +30,7 @@ from .slicing import Sliced
 
 def rank_field(site: Site, rank: int) -> int:
     """LoRA's ``r`` for a rank in each matrix: the groups of a convolution share it."""
-    return max(rank, 1) * (site.module.groups if isinstance(site, _AnyConv) else 1)
+    return max(rank, 1) * (site.module.groups if isinstance(site, AnyConv) else 1)
 
 
 def config_for(base: nn.Module, effect: Effect, sources: Sequence[PeftConfig], r: int | None = None) -> Method:

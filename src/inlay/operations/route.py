@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.adapter import Adapter
 from ..core.additive import LowRank, meet
 from ..core.inner import Inner
-from ..core.mixed import _adds_low_rank_alone
+from ..core.mixed import adds_low_rank_alone
 from ..core.place import Place
 from ..core.site import Linear, Site, TransposedLinear
 
@@ -34,7 +34,7 @@ def place_of(p: Adapter) -> Place:
 def factors_of(expert: Adapter) -> Factors | None:
     """What an adapter adds as ``A (r, in)`` and ``B (out, r)``, if that is all it does; the scaling is in B."""
     method = expert.method
-    if not isinstance(method, LowRank) or not _adds_low_rank_alone(expert):
+    if not isinstance(method, LowRank) or not adds_low_rank_alone(expert):
         return None
     a, b = method.factors(expert)
     return a, method.scaling * expert.strength * b
