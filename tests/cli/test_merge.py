@@ -38,6 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if q.requires_grad:
                 q.data += 0.05 * torch.randn(q.shape, generator=generator)
         tuned.save_pretrained(made / name)
+    (made / "other").mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(made / "lora" / file, made / "other")
+    named = {"auto_mapping": {"base_model_class": "GPT2LMHeadModel", "parent_library": "transformers.models.gpt2.modeling_gpt2"}}
+    config = json.loads((made / "other" / "adapter_config.json").read_text())
+    (made / "other" / "adapter_config.json").write_text(json.dumps(config | named))
     return made
 
 
@@ -161,6 +167,11 @@ def test_into_a_quantised_base(into: str, folder: Path, tmp_path: Path, capsys: 
         (["--adapter", "{folder}/lora", "--out", "{out}", "--original", "{folder}/base"], "only --base-dtype original"),
         (["--adapter", "{folder}/lora", "--adapter", "{folder}/more", "--out", "{out}", "--combine", "tise"], "Did you mean 'ties'"),
         (["--adapter", "{folder}/lora", "--adapter", "{folder}/more", "--out", "{out}", "--combine", "ties", "--density=-1"], "share in"),
+        (["--adapter", "{folder}/lora", "--out", "{out}", "--combine", "tise"], "Did you mean 'ties'"),
+        (["--adapter", "{folder}/lora", "--out", "{out}", "--density", "0.4"], "name it with --combine"),
+        (["--adapter", "{folder}/lora", "--out", "{out}", "--weights", "nan"], "are not finite"),
+        (["--adapter", "{folder}/lora", "--out", "{out}", "--weights", '{{".*": [2]}}'], "say how to combine, such as 'cat'"),
+        (["{folder}/base", "--adapter", "{folder}/other", "--out", "{out}"], "was made for a GPT2LMHeadModel, and"),
         (["{quantised}", "--adapter", "{folder}/lora", "--out", "{out}"], "Give the folder of the original, dense weights"),
     ],
 )

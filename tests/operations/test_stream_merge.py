@@ -359,6 +359,15 @@ def test_other_dtype_and_other_files(tmp_path: Path) -> None:
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("where", [3, {}, {"model.norm.weight": None}, None])
+def test_an_index_that_says_nothing(where: Any, tmp_path: Path) -> None:
+    base = saved(llama(), tmp_path / "base")
+    folder = adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=["q_proj"]))
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(ValueError, match="does not say which tensor is in which file"):
+        StreamMerge(base, [folder])
+
+
 def test_headers_come_first_and_tensors_in_any_order(tmp_path: Path) -> None:
     given = {"a": torch.randn(3, 5), "b": torch.arange(7), "c": torch.randn(2, 2).bfloat16(), "none": torch.empty(0, 4)}
     names = {torch.float32: "F32", torch.int64: "I64", torch.bfloat16: "BF16"}

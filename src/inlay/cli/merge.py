@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .combine import parsed_weights
+from .combine import parsed_weights, weights_by_layer
 from .output import Json, console, emit, hush, table
 from .tuned import Device, base_of, check_adapters, check_new
 
@@ -32,7 +32,9 @@ def merge(
     base: Annotated[str | None, typer.Argument(help="Folder or hub id of the base; the one the adapter names when not given.")] = None,
     adapter: Annotated[list[Path] | None, typer.Option("--adapter", help="Adapter folder; several act in this order.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the merged model; must not exist yet.")] = None,
-    weights: Annotated[str | None, typer.Option("--weights", help="A number an adapter, such as 0.7 0.3; one each when not given.")] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Numbers, such as 0.7 0.3, or JSON lists by module pattern; else 1.")
+    ] = None,
     how: Annotated[str | None, typer.Option("--combine", help="Make one change of several adapters; the ways are listed below.")] = None,
     density: Annotated[float | None, typer.Option("--density", help="Share of numbers that stays, for ways that prune (0.5).")] = None,
     majority: Annotated[str, typer.Option("--majority-sign-method", help="total or frequency, for ways that elect signs.")] = "total",
@@ -73,7 +75,9 @@ def merge(
         raise InputError("--original is missing: name the folder or hub id of the weights from before quantising.")
     if out_dtype is not None and out_dtype not in (*DTYPES, *DTYPES.values()):
         raise InputError(f"--out-dtype {out_dtype}: give {', '.join(DTYPES)}.")
-    numbers = parsed_weights(weights, len(adapter))
+    if how is None and (density is not None or seed is not None or majority != "total"):
+        raise InputError("--density, --majority-sign-method and --seed are of a way to combine adapters; name it with --combine.")
+    numbers = weights_by_layer(weights) or parsed_weights(weights, len(adapter))
     folder = _folder(base_of(base if base is not None else model, adapter[0]))
     import torch
 
@@ -115,7 +119,7 @@ def merge(
                         errors["error"] = compared(planned, written, device)
 
             planned.run(out, progress, examine)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise InputError(" ".join(str(error).split())) from error
     except KeyboardInterrupt:
         screen.print("What is finished is kept: the same command goes on from there.")

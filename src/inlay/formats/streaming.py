@@ -179,7 +179,10 @@ class Checkpoint:
             from .folder import read_json
 
             found.index = read_json(folder / INDEX)
-            found.files = sorted(set(found.index.get("weight_map", {}).values()))
+            where = found.index.get("weight_map")
+            if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+                raise ValueError(f"{folder / INDEX} does not say which tensor is in which file (`weight_map`); copy or download it again.")
+            found.files = sorted(set(where.values()))
         elif (folder / WEIGHTS).is_file():
             found.files = [WEIGHTS]
         else:

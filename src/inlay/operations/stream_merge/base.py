@@ -102,6 +102,10 @@ def open_base(folder: Path, adapters: Sequence[AdapterFile], files: Files) -> Op
         raise ValueError(f"{folder}: its config.json cannot be read: {' '.join(str(error).split())}") from error
     cls: Any = getattr(transformers, named, None)
     cls = cls or (transformers.AutoModelForCausalLM if task == "CAUSAL_LM" else transformers.AutoModel)
+    fitting = getattr(cls, "config_class", None)
+    if fitting is not None and not isinstance(config, fitting):
+        made_for = f"was made for a {named}, and {folder} holds a {own or type(config).__name__}"
+        raise ValueError(f"{adapters[0].source} {made_for}; merge it into the base that it was trained on.")
     labels = _rows_of(adapters, ("score", "classifier"))
     if labels is not None and labels != config.num_labels and task in ("SEQ_CLS", "TOKEN_CLS"):
         config.num_labels = labels

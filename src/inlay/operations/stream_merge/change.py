@@ -8,6 +8,7 @@ from typing import Any
 
 from ...core.retrained import AnyPlace
 from ..arithmetic import Combination, Options
+from ..combine import Weights
 from ..disk_base import Group
 
 
@@ -54,7 +55,7 @@ class Combining:
     """How several adapters become one change."""
 
     chosen: Combination
-    weights: list[float]
+    weights: Weights
     options: Options
     seed: int | None
 

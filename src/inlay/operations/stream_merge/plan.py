@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from ...core.tied import Tied
 from ...formats.slots import Slot, embedding_leaves, key_in_file, named_in_file, said_twice, slots
 from ...formats.streaming import Files
 from ...methods.banks import Corners
-from ..arithmetic import DENSITY, Options, combination
-from ..combine import check_combination
+from ..arithmetic import COMBINATIONS, DENSITY, Options, combination
+from ..combine import Weights, check_combination
 from .adapters import AdapterFile, Given
 from .base import chosen_folder, open_base
 from .change import Change, Combining, Rounding, Unit
@@ -33,7 +33,7 @@ class Plan(Layout):
     Args:
         base: the folder of a model, in safetensors.
         adapters: folders or hub names, in the order in which they act.
-        weights: the strength of each, or its weight in the combination; 1 where None.
+        weights: the strength of each, or its weight in the combination, there also by layer (see `add_weighted_adapter`); 1 where None.
         out_dtype: of all floating-point tensors; those of the base where None. Merged weights are rounded to it once, so that a wider
             one than the base's keeps digits which `merge_and_unload` rounds away in the base's own dtype.
         base_dtype: what becomes of a quantised base, as in `merge_and_unload`: ``"dequantized"`` writes all of it dense,
@@ -63,7 +63,7 @@ class Plan(Layout):
         self,
         base: str | Path,
         adapters: Sequence[str | Path],
-        weights: Sequence[float] | None = None,
+        weights: Weights | None = None,
         out_dtype: torch.dtype | None = None,
         *,
         base_dtype: str | None = None,
@@ -76,15 +76,18 @@ class Plan(Layout):
         self.files, self.out_dtype, self.base_dtype = Files(), out_dtype, base_dtype
         self.named = Path(base)
         self.rounding: dict[str, Rounding] = {}
-        if weights is not None and len(weights) != len(adapters):
-            raise ValueError(f"{len(adapters)} adapters need as many weights, not {len(weights)}.")
-        strengths = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
+        given = [1.0] * len(adapters) if weights is None else weights
+        chosen, by_layer = None if combine is None else combination(combine), isinstance(given, Mapping)
+        check_combination([str(a) for a in adapters], given, None if chosen is None else density)
         self.combining: Combining | None = None
-        if combine is not None and len(adapters) > 1:
-            chosen = combination(combine)
-            check_combination([str(a) for a in adapters], strengths, density)
+        strengths = [1.0] * len(adapters) if isinstance(given, Mapping) else [float(w) for w in given]
+        if by_layer and chosen is None:
+            raise ValueError("Weights by layer are those of a combination; say how to combine, such as 'cat'.")
+        if chosen is not None and (by_layer or len(adapters) > 1):
             options = Options(DENSITY if density is None else density, majority_sign_method)
-            self.combining, strengths = Combining(chosen, strengths, options, seed), [1.0] * len(adapters)
+            # One adapter alone is itself by every way, times its weight.
+            way, by = chosen if len(adapters) > 1 else COMBINATIONS["cat"], given if isinstance(given, Mapping) else strengths
+            self.combining, strengths = Combining(way, by, options, seed), [1.0] * len(adapters)
         self.folder = chosen_folder(self.named, base_dtype, original)
         names = ["default", *(f"adapter{i}" for i in range(1, len(adapters)))]
         self.adapters = [AdapterFile(str(a), n, w, self.files) for a, n, w in zip(adapters, names, strengths, strict=True)]
