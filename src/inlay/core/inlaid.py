@@ -41,10 +41,6 @@ class Inlaid:
                 first = next(iter(kwargs))
                 args, unnamed = (kwargs.pop(first),), call
                 call = lambda x, *a, **k: unnamed(*a, **{first: x}, **k)  # noqa: E731
-            if isinstance(place, Retrained) and (beneath := place.beneath(places)) is not None:
-                # Other adapters change the weight of the module that this one replaces.
-                host, bare = call, hook is None
-                call = lambda x, *a, **k: beneath.forward(host, bare, x, a, k)  # noqa: E731
             return place.forward(call, hook is None, args[0], args[1:], kwargs)
         return self._reading(next(iter(places.values())).session, call, args, kwargs)
 
@@ -149,15 +145,15 @@ def lift(module: nn.Module, name: str) -> None:
     if remaining:
         _hold(module, remaining)
         return
-    # First of all, for the sake of threads that are in its forward.
-    module.__class__ = host
-    del own["_inlay"], module._modules["adapters"]
+    # What it is called by goes first and what adapters are found by last, for the sake of threads that are in its forward.
     if "_old_forward" in own:
         own["_old_forward"] = types.MethodType(host.forward, module)
     if "_host_forward" in own:
-        own["forward"] = own.pop("_host_forward")
-    if "_split_forward" in own:
-        own["forward"] = own.pop("_split_forward")
+        own["forward"] = own.get("_split_forward", own["_host_forward"])
+    module.__class__ = host
+    for attribute in ("_host_forward", "_split_forward", "_inlay"):
+        own.pop(attribute, None)
+    del module._modules["adapters"]
 
 
 def bare(module: nn.Module) -> nn.Module:
