@@ -47,6 +47,17 @@ def test_a_swap_is_a_load(case: str, layout: Layout) -> None:
     assert memory(model) == where
 
 
+@pytest.mark.parametrize("case", ["LORA", "HRA", "LOHA"])
+def test_a_strength_that_was_set_holds_for_what_comes(case: str) -> None:
+    layout = BY_NAME["linear"]
+    model, new, example = adapted(case, layout), another(case, layout), layout.example()
+    for p in adapter_places(model):
+        p.set_strength("a", 0.25)
+    bare = layout.model()(*example)
+    swap(model, new)
+    close(model(*example), bare + 0.25 * (new(*example) - bare))
+
+
 OFTEN = {"LORA", "IA3", "OFT", "VERA", "LOHA"}
 
 
