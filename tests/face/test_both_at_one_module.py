@@ -24,11 +24,12 @@ class Model(nn.Module):
         return self.head(torch.tanh(self.host(x)))
 
 
+@pytest.mark.parametrize("reads_weight", [False, True])
 @pytest.mark.parametrize("first", ["changes", "retrains"])
 @pytest.mark.parametrize("host", HOSTS)
-def test_each_acts_when_it_is_chosen(host: str, first: str) -> None:
+def test_each_acts_when_it_is_chosen(host: str, first: str, reads_weight: bool) -> None:
     configs = {
-        "changes": inlay.LoraConfig(r=2, target_modules=["host"], init_lora_weights=False),
+        "changes": inlay.LoraConfig(r=2, target_modules=["host"], init_lora_weights=False, use_dora=reads_weight),
         "retrains": inlay.LoraConfig(r=2, target_modules=["head"], modules_to_save=["host"], init_lora_weights=False, seed=3),
     }
     names = [first, *(set(configs) - {first})]
@@ -56,8 +57,14 @@ def test_each_acts_when_it_is_chosen(host: str, first: str) -> None:
     mixed = model(x, adapter_names=rows)
     for i, row in enumerate(rows):
         torch.testing.assert_close(mixed[i], expected[row][i])
-    for name in configs:
-        model.merge_adapter([name])
-        with model.use_adapters(name):
-            torch.testing.assert_close(model(x), expected[name])
+    for merged in configs:
+        model.merge_adapter([merged])
+        for name in configs:
+            with model.use_adapters(name):
+                torch.testing.assert_close(model(x), expected[name])
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x), expected["__base__"])
+        mixed = model(x, adapter_names=rows)
+        for i, row in enumerate(rows):
+            torch.testing.assert_close(mixed[i], expected[row][i])
         model.unmerge_adapter()

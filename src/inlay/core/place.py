@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -19,7 +20,7 @@ from .inner import Inner
 from .method import biased, folded, full
 from .rows import by_rows, check_count, grouped
 from .session import Session
-from .site import Embedding, Linear, Site, TransposedLinear
+from .site import Embedding, Linear, Site, TransposedLinear, site_of
 
 # The types of a dense weight, those without numbers (`inlay.plan`) included.
 PLAIN = (nn.Parameter, Tensor, FakeTensor)
@@ -55,6 +56,13 @@ class Place:
 
     def here(self, names: Sequence[str]) -> tuple[str, ...]:
         return tuple(n for n in names if n in self.adapters)
+
+    def on(self, module: nn.Module) -> Place:
+        """The same adapters on another module of the host's class."""
+        other, site = copy.copy(self), site_of(module)
+        assert site is not None
+        other.site, site.kept = site, self.site.kept
+        return other
 
     def inner(self, call: Callable[..., Tensor], bare: bool, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Inner:
         """The layer without adapters.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .parallel import placed_like
@@ -25,30 +24,42 @@ class Retrained:
         self.in_file = path
         self.merged: tuple[str, ...] = ()
         self.kept: dict[tuple[str, str, bool], Tensor | None] | None = None
+        # The module as it was, while another one's values are merged into it.
+        self.own: nn.Module | None = None
 
     def here(self, names: Sequence[str]) -> tuple[str, ...]:
         return tuple(n for n in names if n in self.adapters)[-1:]
 
-    def forward(self, call: Callable[..., Any], _: bool, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def forward(self, call: Callable[..., Any], bare: bool, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         choice = self.session.choice()
         if choice.rows is None:
-            return self._chosen(call, choice.names, (x, *args), kwargs)
+            return self._chosen(call, bare, choice.names, x, *args, **kwargs)
 
-        def run(names: tuple[str, ...], *a: Any, **k: Any) -> Any:
+        def run(names: tuple[str, ...], x: Any, *a: Any, **k: Any) -> Any:
             with self.session.local(names):
-                return self._chosen(call, names, a, k)
+                return self._chosen(call, bare, names, x, *a, **k)
 
         return by_rows(self.session, choice.rows, run, (x, *args), kwargs)
 
-    def _chosen(self, call: Callable[..., Any], names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = self.here(names)
-        if names == self.merged:
-            return call(*args, **kwargs)
-        if names:
-            return self.adapters[names[-1]](*args, **kwargs)
-        assert self.kept is not None
-        own = {f"{path}.{key}" if path else key: t for (path, key, _), t in self.kept.items() if t is not None}
-        return torch.func.functional_call(self.module, own, args, kwargs)
+    def _chosen(self, call: Callable[..., Any], bare: bool, names: Sequence[str], x: Any, *args: Any, **kwargs: Any) -> Any:
+        mine = self.here(names)
+        if mine:
+            return call(x, *args, **kwargs) if mine == self.merged else self.adapters[mine[-1]](x, *args, **kwargs)
+        # Other adapters may change the weight of the module that this one replaces.
+        places, own = self.module.__dict__.get("_inlay", {}), self.own
+        beneath = self.beneath(places)
+        if own is not None:
+            call, bare = self._read(own, places, names), False
+            beneath = None if beneath is None else beneath.on(own)
+        return call(x, *args, **kwargs) if beneath is None else beneath.forward(call, bare, x, args, kwargs)
+
+    def _read(self, own: nn.Module, places: Mapping[str, AnyPlace], names: Sequence[str]) -> nn.Module:
+        """The module as it was, with what other adapters make of a weight that it reads itself."""
+        for place in places.values():
+            if isinstance(place, Place) and place.site.reads and place.here(names):
+                there = place.on(own)
+                return _with(own, {f".{n}": there.value(n) for n in (there.site.name, there.site.bias_name) if n is not None})
+        return own
 
     def beneath(self, places: Mapping[str, Place | Retrained]) -> Place | None:
         """The place of the same module's own weight, where it has one that goes through the module's call."""
@@ -86,6 +97,7 @@ class Retrained:
                 table[key] = nn.Parameter(data, requires_grad=False) if is_param else data
         if first:
             self.kept = kept
+            self.own = _with(copied, {f"{path}.{key}": tensor for (path, key, _), tensor in kept.items()})
         self.merged = names
 
     def unmerge(self) -> None:
@@ -95,7 +107,18 @@ class Retrained:
         self.settle()
 
     def settle(self) -> None:
-        self.kept, self.merged = None, ()
+        self.kept, self.merged, self.own = None, (), None
+
+
+def _with(module: nn.Module, tensors: Mapping[str, Tensor | None], path: str = "") -> nn.Module:
+    """A second module like this one with other tensors; the names of its own begin with a dot."""
+    other = object.__new__(type(module))
+    other.__dict__ = dict(vars(module))
+    for table in ("_parameters", "_buffers"):
+        other.__dict__[table] = {key: tensors.get(f"{path}.{key}", q) for key, q in vars(module)[table].items()}
+    within = f"{path}." if path else ""
+    other.__dict__["_modules"] = {key: None if m is None else _with(m, tensors, within + key) for key, m in module._modules.items()}
+    return other
 
 
 AnyPlace = Place | Retrained
