@@ -46,6 +46,59 @@ def test_merged_equals_adapted(options):
     torch.testing.assert_close(logits(merged, x), y, rtol=1e-5, atol=1e-5)
 
 
+KINDS = {
+    "module": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "tokens": {"target_modules": ["v_proj"], "trainable_token_indices": [3, 4]},
+    "plain": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+def of_all_kinds():
+    model = None
+    for i, (name, options) in enumerate(KINDS.items()):
+        config = inlay.LoraConfig(r=2, **options)
+        if model is None:
+            model = inlay.get_peft_model(llama(layers=1), config, name)
+        else:
+            model.add_adapter(name, config)
+        stir(model, name, by=0.3, seed=i)
+    return model.eval()
+
+
+@pytest.mark.parametrize("merged", KINDS)
+def test_each_adapter_acts_as_ever_while_one_is_merged(merged):
+    model, x = of_all_kinds(), ids()
+    expected = {}
+    for name in KINDS:
+        with model.use_adapters(name):
+            expected[name] = logits(model, x)
+    with model.disable_adapter():
+        expected["__base__"] = logits(model, x)
+    assert (expected["module"] - expected["__base__"]).abs().max() > 0.1
+    model.merge_adapter([merged])
+    for name in KINDS:
+        with model.use_adapters(name):
+            torch.testing.assert_close(logits(model, x), expected[name], rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, x), expected["__base__"], rtol=1e-4, atol=1e-5)
+    rows = [*KINDS, "__base__", merged]
+    mixed = logits(model, x[:1].expand(len(rows), -1), adapter_names=rows)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(mixed[i], expected[row][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("merged", KINDS)
+def test_a_file_does_not_tell_whether_the_adapter_was_merged(merged, tmp_path):
+    model = of_all_kinds()
+    model.save_pretrained(tmp_path / "before")
+    model.merge_adapter([merged])
+    model.save_pretrained(tmp_path / "merged")
+    for name in KINDS:
+        one, other = ((tmp_path / state / name / "adapter_model.safetensors").read_bytes() for state in ("before", "merged"))
+        assert one == other
+
+
 def test_expert_stacks_merge():
     model, x = mixtral(), ids()
     config = inlay.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])

@@ -14,6 +14,7 @@ from ..core.config import nearest
 from ..core.inlaid import host_of, places
 from ..core.method import Method
 from ..core.place import Place
+from ..core.retrained import Retrained
 from ..core.session import Session
 from ..core.targets import base_modules
 from ..core.tied import Tied
@@ -55,8 +56,18 @@ def adapter_tensors(
     found |= {prefix + k: t for k, t in _of_tied_ends(model, name).items()}
     for path, module in _embeddings_to_save(model, session, name, save_embedding_layers):
         adapted = any(isinstance(p, Place) and host_of(p) is module and name in p.adapters for p in places(model))
-        found[f"{prefix}{path}.{'base_layer.' if adapted else ''}weight"] = module._parameters["weight"]  # type: ignore[assignment]
+        found[f"{prefix}{path}.{'base_layer.' if adapted else ''}weight"] = _own_weight(module)
     return {k: _whole(t) for k, t in found.items()}
+
+
+def _own_weight(module: nn.Module) -> Tensor:
+    """A module's weight, without what is merged into it."""
+    here = list(module.__dict__.get("_inlay", {}).values())
+    for place in here:
+        if isinstance(place, Place) and place.merged:
+            return place.site.raw(place.site.read()[0]).contiguous()
+    replaced = next((place.own for place in here if isinstance(place, Retrained) and place.own is not None), module)
+    return replaced._parameters["weight"]  # type: ignore[return-value]
 
 
 def _of_tied_ends(model: nn.Module, name: str) -> dict[str, Tensor]:
