@@ -79,7 +79,7 @@ class Parts:
             w, b = p.site.read()
             return self._cut(w, ("out", "in"), piece), None if b is None else self._cut(b, ("out",), piece)
 
-        vars(site).update(shape=torch.Size(shape), read=read)
+        vars(site).update(_shape=torch.Size(shape), read=read)
         found.site, found._whole, found.method = site, p.whole, self._method(piece)
         if self.axis == "out":
             found.first_row = piece.start

@@ -7,7 +7,6 @@ there where one tensor holds several independent matrices: the groups of a convo
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
 
@@ -64,6 +63,7 @@ class Site:
     kept: tuple[Any, Tensor | None] | None = None
     # A weight to be read in place of the host's: what it was before it was quantised.
     original: Tensor | None = None
+    _shape: torch.Size | None = None
 
     def __init__(self, module: nn.Module, name: str = "weight", bias_name: str | None = "bias") -> None:
         self.module, self.name, self.bias_name = module, name, bias_name
@@ -80,10 +80,13 @@ class Site:
         """The shape in which the host keeps its weight."""
         return self.store.shape(self.module, self.name)
 
-    @cached_property
+    @property
     def shape(self) -> torch.Size:
         """``(*batch, out, in)``."""
-        return self.matrix(torch.empty(self.raw_shape, device="meta")).shape
+        # Not `cached_property`, whose lock the compiler does not follow before Python 3.12.
+        if self._shape is None:
+            self._shape = self.matrix(torch.empty(self.raw_shape, device="meta")).shape
+        return self._shape
 
     @property
     def batch(self) -> torch.Size:
@@ -358,7 +361,7 @@ class ConvTranspose(AnyConv):
             return self
         # Not `copy.copy`, which the compiler of torch 2.11 does not follow.
         bound = object.__new__(type(self))
-        for name in ("module", "name", "bias_name", "store", "kept", "original", "shape"):
+        for name in ("module", "name", "bias_name", "store", "kept", "original", "_shape"):
             setattr(bound, name, getattr(self, name))
         bound.output_size = output_size
         return bound
@@ -409,7 +412,7 @@ class Whole(Site):
     def raw_shape(self) -> torch.Size:
         return torch.Size()
 
-    @cached_property
+    @property
     def shape(self) -> torch.Size:
         return torch.Size((0, 0))
 
