@@ -179,6 +179,28 @@ def test_other_methods_are_read_back_as_they_were(method: str, scale: str, tmp_p
     assert "strength" not in (tmp_path / "whole" / "adapter_config.json").read_text()
 
 
+@pytest.mark.parametrize("strength", [0.0, 2.0, -0.5])
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}, {"use_dora": True}], ids=str)
+def test_what_is_made_of_a_scaled_adapter_is_scaled(options: dict[str, Any], strength: float, tmp_path: Path) -> None:
+    """Combined and converted, at the weights and at every bias that it retrains."""
+
+    def build() -> Any:
+        return llama(attention_bias=True, mlp_bias=True)
+
+    model, x = inlay.get_peft_model(build(), inlay.LoraConfig(r=4, target_modules=["q_proj"], **options)).eval(), ids()
+    stir(model, by=0.3)
+    once = logits(model, x)
+    model.set_scale("default", strength)
+    scaled = logits(model, x)
+    weight = 1 / strength if strength else 1.0
+    model.add_weighted_adapter(["default"], [weight], "new", "cat")
+    with model.use_adapters("new"):
+        torch.testing.assert_close(logits(model, x), once if strength else scaled, rtol=1e-4, atol=1e-5)
+    inlay.save_as_lora(tmp_path, model, 1.0)
+    loaded = inlay.PeftModel.from_pretrained(build(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, x), scaled, rtol=1e-4, atol=1e-5)
+
+
 def test_prompts_have_none() -> None:
     model = inlay.get_peft_model(llama(), inlay.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="only adapters of weights have a strength"):

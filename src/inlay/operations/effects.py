@@ -296,7 +296,7 @@ def _effect(base: nn.Module, name: str, ties: bool, among: Sequence[AnyPlace], s
             elif isinstance(method, Biases):
                 change = _bias_alone(p)
                 if change is not None:
-                    effect.biases[key] = float(p.strength) * change if p.strength != 1 else change
+                    effect.biases[key] = change
             elif isinstance(method, TrainableTokensConfig):
                 effect.weights[key] = _tokens(p, method).update(p.path)
             elif isinstance(method, Tied) and isinstance(method._of.method, TrainableTokensConfig):
