@@ -46,11 +46,13 @@ def test_peak_memory_is_that_of_a_slice(tmp_path: Path) -> None:
 MEASURE_ALL = (
     MEASURE[: MEASURE.index("merge = ")]
     + """
+import shutil
 plans = [StreamMerge(sys.argv[1], [folder], base_dtype=sys.argv[3] or None) for folder in sys.argv[4:]]
 for merge, folder in zip(plans, sys.argv[4:]):
     before = peak()
-    merge.run(sys.argv[2] + folder.rpartition("/")[2])
+    merge.run(sys.argv[2])
     print(folder.rpartition("/")[2], peak(), before)
+    shutil.rmtree(sys.argv[2])
 """
 )
 OFTEN = ["LORA", "LOHA", "OFT"]
