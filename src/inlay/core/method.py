@@ -162,6 +162,10 @@ class Method(PeftConfig):
         """`shared` where the layers are only folded, by a file: it need not hold more than they use, nor values that a file has."""
         return self.shared(sites)
 
+    def to_fold(self, site: Site) -> Method:
+        """The method where it is only folded, by a file: it need not keep what `fold` does without."""
+        return self
+
     def bank_key(self, name: str) -> str | None:
         """What a file calls a tensor of `shared`; None leaves it out."""
         return f"base_model.{name}"

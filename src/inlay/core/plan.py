@@ -81,7 +81,7 @@ class Plan:
         config: the adapter's configuration.
         on_meta: allocate nothing.
         autocast_adapter_dtype: see `adapter_dtype`.
-        only_folds: see `Method.shared_to_fold`.
+        only_folds: see `Method.to_fold` and `Method.shared_to_fold`.
     """
 
     def __init__(self, model: nn.Module, config: PeftConfig, on_meta: bool, autocast_adapter_dtype: bool, only_folds: bool = False) -> None:
@@ -147,6 +147,7 @@ class Plan:
         parts = []
         for target in targets:
             method, site = config.at(target.name), target.site
+            method = method.to_fold(site) if self.only_folds else method
             adapter = self._adapter(method, site, target.name, bank=bank, bank_at=bank_at, bias=config.bias != "none")
             bank_at = bank_at or (target.path, site.name)
             parts.append(Part(target.path, site.module, site, adapter, target.in_file or target.path))

@@ -69,6 +69,14 @@ def eigenvectors(w: Tensor, k: int, *, smallest: bool = False) -> Tensor:
     return found
 
 
+def eigenvectors_roughly(w: Tensor) -> tuple[Tensor, Tensor]:
+    """All eigenvalues of ``W W'`` (of the weight over its norm) and their vectors in single precision, the largest last. Beside the
+    weight this takes three times the memory of what it gives."""
+    dtype = precise(w[..., :0]).dtype
+    size = torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True, dtype=dtype).clamp_min(torch.finfo(dtype).tiny)
+    return _all(gram(w, torch.float32, size))
+
+
 # ---- products in double precision -------------------------------------------------------------------------------------------
 def _pieces(w: Tensor, dtype: torch.dtype) -> Iterator[slice]:
     """Slices of the last axis: that is the long one, so that what comes of each is small."""
@@ -79,12 +87,12 @@ def _pieces(w: Tensor, dtype: torch.dtype) -> Iterator[slice]:
 
 
 def times(w: Tensor, columns: Tensor) -> Tensor:
-    """``W X``."""
+    """``W X``, in the precision of X."""
     return _sum(w[..., piece].to(columns.dtype) @ columns[..., piece, :] for piece in _pieces(w, columns.dtype))
 
 
 def transposed_times(w: Tensor, columns: Tensor) -> Tensor:
-    """``W' X``."""
+    """``W' X``, in the precision of X."""
     found = [w[..., piece].to(columns.dtype).mT @ columns for piece in _pieces(w, columns.dtype)]
     return found[0] if len(found) == 1 else torch.cat(found, -2)
 
@@ -188,9 +196,8 @@ def _refined(w: Tensor, k: int, smallest: bool) -> Tensor | None:
     far their eigenvalues are. None where single precision does not tell the eigenvalues apart."""
     m, width, dtype = w.shape[-2], k + SPARE, precise(w[..., :0]).dtype
     tiny = torch.finfo(dtype).tiny
-    size = torch.linalg.vector_norm(w, dim=(-2, -1), keepdim=True, dtype=dtype).clamp_min(tiny)
-    values, vectors = _all(gram(w, torch.float32, size))
-    values = values * size.squeeze(-1).square()
+    values, vectors = eigenvectors_roughly(w)
+    values = values * torch.linalg.vector_norm(w, dim=(-2, -1), dtype=dtype).clamp_min(tiny).square().unsqueeze(-1)
     inner, outer = (slice(width), slice(width, m)) if smallest else (slice(m - width, m), slice(m - width))
     wanted = slice(k) if smallest else slice(width - k, width)
     others, far, top = vectors[..., outer], values[..., outer].unsqueeze(-1), values[..., -1]

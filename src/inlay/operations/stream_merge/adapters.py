@@ -40,7 +40,20 @@ class AdapterFile:
             self.entries |= read_header(path)[0]
         self.tensors: dict[str, Tensor] | None = None
         if type(self.config).as_read is not Method.as_read:
-            self.tensors = dict(self.config.as_read({k: files.read(e) for k, e in self.entries.items()}))
+            self._as_read(self.config)
+
+    def _as_read(self, method: Method) -> None:
+        """Entries as a method wants them; tensors in memory, where it makes others of them than are in the file."""
+        empty = {key: entry.meta() for key, entry in self.entries.items()}
+        by_tensor = {id(tensor): self.entries[key] for key, tensor in empty.items()}
+        try:
+            found = method.as_read(empty)
+        except NotImplementedError:
+            found = {"": torch.empty(0)}
+        if all(id(tensor) in by_tensor for tensor in found.values()):
+            self.entries = {key: by_tensor[id(tensor)] for key, tensor in found.items()}
+        else:
+            self.tensors = dict(method.as_read({key: self.files.read(entry) for key, entry in self.entries.items()}))
 
     @property
     def keys(self) -> list[str]:

@@ -107,6 +107,8 @@ class Writer:
         plan, base = self.plan, self.plan.base
         with base.holding() as held, filled(plan, unit):
             folds = Folds(plan, unit)
+            # What adapters were derived from; few look at it again.
+            held.clear()
             for group, names in folds.outputs():
                 if not wanted.isdisjoint(names if group is None else plan.keys_of(group)):
                     self._write(folds, group, names, wanted)
