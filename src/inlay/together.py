@@ -53,7 +53,8 @@ def parameters_of(model: PeftModel, adapter_name: str) -> list[nn.Parameter]:
     """The trainable tensors of one adapter, for its optimiser."""
     model.session.check((adapter_name,))
     found = [place.adapters[adapter_name] for place in places(model.get_base_model()) if adapter_name in place.adapters]
-    return [q for adapter in found for q in adapter.parameters()]
+    prompts: Any = model._modules.get("prompt_encoder") or {}
+    return [q for adapter in (*found, *(prompts[n] for n in prompts if n == adapter_name)) for q in adapter.parameters()]
 
 
 def step_together(model: PeftModel, jobs: Mapping[str, Job], batches: Mapping[str, Batch]) -> dict[str, float]:
@@ -80,11 +81,13 @@ def step_together(model: PeftModel, jobs: Mapping[str, Job], batches: Mapping[st
     inputs = _joined(batches)
     rows = [name for name, batch in batches.items() for _ in range(len(batch["input_ids"]))]
     logits = model(**inputs, adapter_names=rows).logits
-    losses, start = {}, 0
+    losses, start, longest = {}, 0, inputs["input_ids"].shape[1]
     for name, batch in batches.items():
         count, length = batch["input_ids"].shape
         term = penalty(model.get_base_model(), name) if model.training else None
-        losses[name] = jobs[name].loss(logits[start : start + count, :length], batch) + (0 if term is None else term)
+        # Virtual tokens are in front.
+        own = logits[start : start + count, -longest:][:, :length]
+        losses[name] = jobs[name].loss(own, batch) + (0 if term is None else term)
         start += count
     torch.stack(list(losses.values())).sum().backward()
     for name in batches:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import inlay
+from inlay.together import Job, parameters_of
 
 # The adapters of the rows; 3 virtual tokens in "short", 5 in "long", 4 in "network" and 2 in "prefix".
 ROWS = ["long", "__base__", "short", "network", "prefix", ("short", "long"), "__base__", "long"]
@@ -127,6 +128,26 @@ def test_generation(name: str, options: dict[str, Any], bases: Any, batch: dict[
         # Beams that are done are filled up with the token that ends a text.
         tail, filling = mixed[i * each : (i + 1) * each, single.shape[1] :], {0, 1 if name == "t5" else 2}
         assert set(tail.flatten().tolist()) <= filling
+
+
+def test_trained_together_as_apart(bases: Any) -> None:
+    def trained(passes: list[list[str]]) -> dict[str, Tensor]:
+        model = adapted(bases["llama"][1](), "CAUSAL_LM")
+        names = ["short", "long", "network", "prefix"]
+        model.set_requires_grad(names, True)
+        model.set_adapter(names)
+        jobs = {name: Job(torch.optim.SGD(parameters_of(model, name), lr=0.1 * i), max_grad_norm=0.5) for i, name in enumerate(names, 1)}
+        generator = torch.Generator().manual_seed(1)
+        given = {name: torch.randint(3, 64, (i, 4 + i), generator=generator) for i, name in enumerate(names, 1)}
+        for together in passes:
+            inlay.step_together(model, {n: jobs[n] for n in together}, {n: {"input_ids": given[n], "labels": given[n]} for n in together})
+        return {n: q.detach().clone() for n, q in model.prompt_encoder.named_parameters()}
+
+    before, after = trained([]), trained([["short", "long", "network", "prefix"]] * 2)
+    apart = trained([["prefix"], ["short"], ["long"], ["network"]] * 2)
+    assert all((after[n] - before[n]).abs().max() > 1e-5 for n in after)
+    for n in after:
+        torch.testing.assert_close(after[n], apart[n], rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_of_several_lengths(bases: Any, batch: dict[str, Any]) -> None:
