@@ -189,6 +189,24 @@ def test_other_threads_compute_while_adapters_come_and_go() -> None:
     assert set(found) == {True}
 
 
+def test_a_call_that_reads_its_weight_ends_without_the_adapter() -> None:
+    """The last adapter of a norm leaves between the look at the host's places and the call."""
+    norm = nn.LayerNorm(4)
+    model = inlay.get_peft_model(nn.Sequential(norm, nn.Linear(4, 3)), inlay.LoraConfig(r=2, target_modules=["1"]), "own").eval()
+    x = torch.randn(2, 4)
+    expected = norm(x)
+    model.add_adapter("t", inlay.LNTuningConfig(target_modules=["0"]))
+
+    class Places(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            model.delete_adapter("t")
+            return default
+
+    vars(norm)["_inlay"] = Places(vars(norm)["_inlay"])
+    assert torch.equal(norm(x), expected)
+    assert type(norm) is nn.LayerNorm
+
+
 def test_a_call_that_began_under_an_adapter_ends_without_it() -> None:
     """A thread may stand at the first line of a layer's forward when the last adapter leaves that layer."""
     model = inlay.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), lora(0), "own").eval()

@@ -42,14 +42,15 @@ class Inlaid:
                 args, unnamed = (kwargs.pop(first),), call
                 call = lambda x, *a, **k: unnamed(*a, **{first: x}, **k)  # noqa: E731
             return place.forward(call, hook is None, args[0], args[1:], kwargs)
-        return self._reading(next(iter(places.values())).session, call, args, kwargs)
+        # By the class: the host may have its own again by now.
+        return Inlaid._reading(self, next(iter(places.values())).session, call, args, kwargs)
 
     def _reading(self, session: Session, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rows = session.choice().rows
 
         def run(names: tuple[str, ...], *a: Any, **k: Any) -> Any:
             with session.local(names):
-                return self._reading(session, call, a, k)
+                return Inlaid._reading(self, session, call, a, k)
 
         if rows is not None:
             if getattr(self, "batch_first", True) is False:
