@@ -22,7 +22,7 @@ from .method import METHODS, Method
 from .parallel import unwrap, whole_parameters
 from .param import Param
 from .site import Read, Site
-from .targets import NO_TARGETS, Target, base_modules, find_targets, resolved_targets, site_at, tied_paths
+from .targets import NO_TARGETS, Target, base_modules, end_of, find_targets, resolved_targets, site_at, tied_paths
 from .tied import Tied
 
 # The classes for classification name both of these, of which a model has one.
@@ -190,7 +190,7 @@ class Plan:
         if not wanted:
             return []
         if not isinstance(wanted, dict):
-            embedding = getattr(self.model, "get_input_embeddings", lambda: None)()
+            embedding = end_of(self.model, "get_input_embeddings")
             wanted = {next((p for p, m in self.modules.items() if m is embedding), "embed_tokens"): wanted}
         taken = {part.path for part in adapted}
         found: list[Part] = []

@@ -389,9 +389,19 @@ def _check_patterns(
                 found.unmatched[f"{attribute}: {pattern}"] = nearest(pattern, {p.rpartition(".")[2] for p in paths})
 
 
+def end_of(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a model says are its embeddings (``"get_input_embeddings"``) or its head (``"get_output_embeddings"``); None where it knows
+    of none, as models of speech do."""
+    try:
+        found = getattr(model, getter, lambda: None)()
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def tied_paths(model: nn.Module) -> dict[str, str]:
     """Names of modules whose weight is the very tensor of the input embedding, to the name of that embedding."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    embedding = end_of(model, "get_input_embeddings")
     weight = getattr(embedding, "_parameters", {}).get("weight")
     if weight is None:
         return {}

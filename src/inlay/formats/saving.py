@@ -16,7 +16,7 @@ from ..core.method import Method
 from ..core.place import Place
 from ..core.retrained import Retrained
 from ..core.session import Session
-from ..core.targets import base_modules
+from ..core.targets import base_modules, end_of
 from ..core.tied import Tied
 from ..methods.trainable_tokens import TrainableTokensConfig
 from .slots import PREFIX, Slot, key_in_file, slots_of_model
@@ -113,7 +113,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _embeddings_to_save(model: nn.Module, session: Session, name: str, wanted: bool | str) -> list[tuple[str, nn.Module]]:
-    ends = [getattr(model, g, lambda: None)() for g in ("get_input_embeddings", "get_output_embeddings")]
+    ends = [end_of(model, g) for g in ("get_input_embeddings", "get_output_embeddings")]
     named = [(p, m) for p, m in base_modules(model) if any(m is e for e in ends) and m._parameters.get("weight") is not None]
     config = session.configs[name]
     tokens = config.peft_type == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None)

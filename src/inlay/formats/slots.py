@@ -14,7 +14,7 @@ from ..core.inlaid import places
 from ..core.param import Param
 from ..core.plan import Biases, Part
 from ..core.site import Site
-from ..core.targets import base_modules, tied_paths
+from ..core.targets import base_modules, end_of, tied_paths
 from ..methods.trainable_tokens import TrainableTokensConfig
 
 PREFIX = "base_model.model."
@@ -146,7 +146,7 @@ def said_twice(model: nn.Module, key: str, given: Mapping[str, tuple[str, Tensor
 
 
 def embedding_leaves(model: nn.Module) -> set[str]:
-    ends = [getattr(model, g, lambda: None)() for g in ("get_input_embeddings", "get_output_embeddings")]
+    ends = [end_of(model, g) for g in ("get_input_embeddings", "get_output_embeddings")]
     return {p.rpartition(".")[2] for p, m in base_modules(model) if any(m is e for e in ends if e is not None)} | set(EMBEDDING_LAYER_NAMES)
 
 

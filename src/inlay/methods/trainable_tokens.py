@@ -17,6 +17,7 @@ from ..core.families import acts_on_last_axis
 from ..core.method import Method, full, register
 from ..core.param import Param, zeros
 from ..core.site import Embedding, Site
+from ..core.targets import end_of
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -57,7 +58,7 @@ class TrainableTokensConfig(Method):
         if not self.token_indices and not self.as_part:
             raise ValueError("token_indices is empty: name the tokens to retrain, such as token_indices=[5, 6].")
         if self.target_modules is None:
-            embedding = getattr(base, "get_input_embeddings", lambda: None)()
+            embedding = end_of(base, "get_input_embeddings")
             self.target_modules = {next((path for path, m in base.named_modules() if m is embedding), "embed_tokens")}
 
     def refuses(self, site: Site) -> str | None:

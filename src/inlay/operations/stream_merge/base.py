@@ -13,6 +13,7 @@ from torch import nn
 
 from ...auto import AUTO_CLASSES
 from ...core.config import nearest
+from ...core.targets import end_of
 from ...formats.packed import READABLE
 from ...formats.streaming import Checkpoint, Entry, Files
 from ..dequantize import BASES
@@ -123,7 +124,7 @@ def open_base(folder: Path, adapters: Sequence[AdapterFile], files: Files) -> Op
         checkpoint = open_checkpoint(again(checkpoint, blocks, ranges), as_read, files)
         with torch.device("meta"):
             model = build()
-    ends = [getattr(model, g, lambda: None)() for g in ("get_input_embeddings", "get_output_embeddings")]
+    ends = [end_of(model, g) for g in ("get_input_embeddings", "get_output_embeddings")]
     paths = [p for p, m in model.named_modules() if any(m is e for e in ends)]
     rows, text = _rows_of(adapters, paths), config.get_text_config()
     resized: list[str] = []
