@@ -6,6 +6,8 @@ from importlib.util import find_spec
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Where lines are wrapped does not depend on how long the path of a temporary folder is.
+os.environ["COLUMNS"] = "240"
 
 import pytest
 import torch
