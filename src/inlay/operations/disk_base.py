@@ -22,7 +22,6 @@ from ..formats.folder import read_json
 from ..formats.packed import READABLE, Packed, packed, quantised
 from ..formats.streaming import Checkpoint, Files
 from ..quantize import quantizable
-from .outline import Outline, outline
 
 # Numbers that stand for others: a weight in them is packed, or comes with scales.
 PACKED = {torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
@@ -140,7 +139,7 @@ class DiskBase:
 
     Args:
         checkpoint: the model's files.
-        model: the model without values, as its configuration makes it, or its outline.
+        model: the model without values, as its configuration makes it.
         files: opens what is read.
         other_shapes: names of tensors that an adapter brings in other shapes than the files have.
 
@@ -172,8 +171,6 @@ class DiskBase:
 
     # ---- names --------------------------------------------------------------------------------------------------------
     def _grouped(self) -> list[Group]:
-        if isinstance(self.model, Outline):
-            return [Group([key], {key: entry.meta()}, first=key) for key, entry in self.checkpoint.tensors.items()]
         from transformers import core_model_loading as loading
         from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -209,8 +206,6 @@ class DiskBase:
 
     def key_of(self, group: Group) -> Callable[[str], str | None]:
         """The key in the files by the name that undoing a conversion gives."""
-        if group.converter is None:
-            return {group.first: group.keys[0]}.get
         from transformers import core_model_loading as loading
 
         known = {loading.rename_source_key(key, self._renamings, [])[0]: key for key in group.keys} | {key: key for key in group.keys}
@@ -338,9 +333,6 @@ def base_on_disk(folder: Path, files: Files) -> DiskBase:
     """
     as_read = read_config(folder)
     checkpoint = open_checkpoint(Checkpoint.open(folder), as_read, files)
-    found = outline(as_read, checkpoint)
-    if found is not None:
-        return DiskBase(checkpoint, found, files)
     import transformers
     from transformers import AutoConfig
 

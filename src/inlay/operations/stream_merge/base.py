@@ -18,7 +18,6 @@ from ...formats.packed import READABLE
 from ...formats.streaming import Checkpoint, Entry, Files
 from ..dequantize import BASES
 from ..disk_base import DiskBase, open_checkpoint, quantisation, quantised, read_config
-from ..outline import outline
 from ..replicate import blocks_of, replicated
 from .adapters import AdapterFile
 
@@ -91,9 +90,6 @@ def open_base(folder: Path, adapters: Sequence[AdapterFile], files: Files) -> Op
         named = own if task == "CAUSAL_LM" else AUTO_CLASSES[task]
     if not ranges:
         checkpoint = open_checkpoint(checkpoint, as_read, files)
-        found = outline(as_read, checkpoint) if named == own else None
-        if found is not None and _rows_of(adapters, ("model.embed_tokens", "lm_head")) in (None, as_read["vocab_size"]):
-            return Opened(DiskBase(checkpoint, found, files), checkpoint, own, set(), as_read, changes)
     import transformers
     from transformers import AutoConfig
 
