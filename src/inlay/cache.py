@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core.config import nearest
-from .core.inlaid import places
+from .core.inlaid import places, prompts_of
 from .core.session import BASE, names_of, rows_of
 from .formats.folder import CONFIG_NAME
 
@@ -175,6 +175,6 @@ class AdapterCache:
 def _bytes_of(model: PeftModel, name: str) -> int:
     """The size of all tensors that an adapter brings along: on weights, in retrained modules, in prompts."""
     found: list[Any] = [place.adapters[name] for place in places(model.get_base_model()) if name in place.adapters]
-    prompts = getattr(model, "prompt_encoder", {})
+    prompts = prompts_of(model)
     found += [prompts[name]] if name in prompts else []
     return sum({id(t): t.nbytes for m in found for t in (*m.parameters(), *m.buffers())}.values())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .core.attach import attach, check_name
 from .core.calls import calling, penalised
 from .core.config import PeftConfig
-from .core.inlaid import adapters_of, places, session_of
+from .core.inlaid import adapters_of, places, prompts_of, session_of
 from .core.rest import Rest, rest_with
 from .core.retrained import Retrained
 from .core.rows import Order, check_count
@@ -67,12 +67,10 @@ class PeftModel(nn.Module):
         super().__init__()
         self._with_heads(peft_config)
         options["autocast_adapter_dtype"] = autocast_adapter_dtype
-        self._is_prompt_learning = peft_config.is_prompt_learning
-        if self._is_prompt_learning:
+        if peft_config.is_prompt_learning:
             from .prompts import attach_prompt
 
             self.base_model = model
-            self.prompt_encoder = nn.ModuleDict()
             attach_prompt(self, peft_config, adapter_name, **options)
         else:
             self.base_model = tuner_class(str(peft_config.peft_type))(model, peft_config, adapter_name, low_cpu_mem_usage, **options)
@@ -119,6 +117,11 @@ class PeftModel(nn.Module):
         return str(self.active_peft_config.peft_type)
 
     @property
+    def _is_prompt_learning(self) -> bool:
+        """Whether all adapters act on inputs and none on weights."""
+        return all(config.is_prompt_learning for config in self.peft_config.values())
+
+    @property
     def modules_to_save(self) -> set[str] | None:
         found = {p.path.rpartition(".")[2] for p in places(self.get_base_model()) if isinstance(p, Retrained)}
         return found or None
@@ -142,9 +145,11 @@ class PeftModel(nn.Module):
         except AttributeError:
             if name in ("base_model", "prompt_encoder"):
                 raise
-            if self._is_prompt_learning and name in _ON_WEIGHTS:
+            if name not in _ON_WEIGHTS:
+                return getattr(self.base_model, name)
+            if self._is_prompt_learning:
                 raise AttributeError(f"{self.peft_type} acts on inputs and changes no weight, so there is nothing for {name!r}.") from None
-            return getattr(self.base_model, name)
+            return getattr(_tuner(self), name)
 
     # ---- running ------------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, adapter_names: Sequence[str | Sequence[str]] | None = None, **kwargs: Any) -> Any:
@@ -159,7 +164,7 @@ class PeftModel(nn.Module):
             kwargs |= dict(zip(self.positional, args, strict=False))
             args = args[len(self.positional) :]
         base, order = self.get_base_model(), None
-        if adapter_names is not None and not self._is_prompt_learning:
+        if adapter_names is not None and not prompts_of(self):
             order = Order.of(adapter_names, args, kwargs)
         if order is not None:
             adapter_names, (args, kwargs) = order.rows, order.into(args, kwargs)
@@ -180,7 +185,7 @@ class PeftModel(nn.Module):
     def generate(self, *args: Any, adapter_names: Sequence[str | Sequence[str]] | None = None, **kwargs: Any) -> Any:
         """The base's ``generate`` with the adapters; arguments as for `forward` and for the base."""
         order = None
-        if adapter_names is not None and not self._is_prompt_learning:
+        if adapter_names is not None and not prompts_of(self):
             order = Order.of(adapter_names, args, kwargs)
         if order is not None:
             adapter_names, (args, kwargs) = order.rows, order.into(args, kwargs)
@@ -201,13 +206,10 @@ class PeftModel(nn.Module):
             carry_choices(base, session)
 
     def _prompted(self) -> bool:
-        if not self._is_prompt_learning or not len(self.prompt_encoder):
-            return False
-        choice = self.session.choice()
-        return any(n in self.prompt_encoder for n in choice.all)
+        return bool(prompts_of(self)) and any(n in prompts_of(self) for n in self.session.choice().all)
 
     def _show_prompts(self) -> None:
-        if self._is_prompt_learning and len(self.prompt_encoder):
+        if prompts_of(self):
             from .prompts import show_trainable
 
             show_trainable(self)
@@ -247,9 +249,7 @@ class PeftModel(nn.Module):
         self._with_heads(peft_config)
         check_name(adapter_name, session_of(self.get_base_model()))
         options["autocast_adapter_dtype"] = autocast_adapter_dtype
-        if peft_config.is_prompt_learning != self._is_prompt_learning:
-            raise ValueError(f"A {peft_config.peft_type} adapter cannot join {self.peft_type}: one acts on inputs, the other on weights.")
-        if self._is_prompt_learning:
+        if peft_config.is_prompt_learning:
             from .prompts import attach_prompt
 
             attach_prompt(self, peft_config, adapter_name, activate_it=False, **options)
@@ -269,7 +269,7 @@ class PeftModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out; with the last one the base is what it was."""
         self.session.check((adapter_name,))
-        if self._is_prompt_learning:
+        if adapter_name in prompts_of(self):
             del self.prompt_encoder[adapter_name]
         _tuner(self).delete_adapter(adapter_name)
         self._show_prompts()
@@ -284,8 +284,9 @@ class PeftModel(nn.Module):
         Raises:
             ValueError: there is no such adapter, a number is not finite, or a pattern names no layer of it. Nothing is changed.
         """
-        if self._is_prompt_learning:
-            raise ValueError(f"{self.peft_type} acts on inputs; only adapters of weights have a strength.")
+        if adapter_name in prompts_of(self):
+            kind = self.peft_config[adapter_name].peft_type
+            raise ValueError(f"{adapter_name!r} ({kind}) acts on inputs; only adapters of weights have a strength.")
         set_strength(self.get_base_model(), self.session, adapter_name, scale)
 
     # ---- parameters ---------------------------------------------------------------------------------------------------
@@ -522,7 +523,7 @@ def filling_options(model: nn.Module, tensors: Mapping[str, Tensor], name: str, 
 
 
 def _fill_existing(model: PeftModel, tensors: Mapping[str, Tensor], name: str, saved: Callable[[], PeftConfig], strict: bool) -> LoadReport:
-    if model._is_prompt_learning:
+    if name in prompts_of(model):
         from .prompts import load_prompt
 
         return load_prompt(model, name, tensors, strict)

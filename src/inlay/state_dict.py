@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .core.inlaid import session_of
+from .core.inlaid import prompts_of, session_of
 from .core.targets import bare_model
 from .formats.filling import LoadReport, fill
 from .formats.folder import read_tensors, weight_files
@@ -34,7 +34,7 @@ def get_peft_model_state_dict(
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
-    if getattr(model, "_is_prompt_learning", False):
+    if adapter_name in prompts_of(model):
         from .prompts import prompt_tensors
 
         prompted: Any = model
@@ -62,7 +62,7 @@ def set_peft_model_state_dict(
     Raises:
         ValueError: shapes differ and ``ignore_mismatched_sizes`` is not set.
     """
-    if getattr(model, "_is_prompt_learning", False):
+    if adapter_name in prompts_of(model):
         from .prompts import load_prompt
 
         prompted: Any = model

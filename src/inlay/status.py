@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from .core.inlaid import host_of, places, session_of
+from .core.inlaid import host_of, places, prompts_of, session_of
 from .core.place import host_class
 from .core.retrained import AnyPlace, Retrained
 from .core.session import Session
@@ -90,11 +90,6 @@ def _of_place(place: AnyPlace, prefix: str) -> TunerLayerStatus:
     return _layer(f"{prefix}{place.path}", kind, place.session, place.adapters, place.merged, backend)
 
 
-def _prompts(model: nn.Module) -> Mapping[str, nn.Module]:
-    """Prompts are one layer, in front of the base's first."""
-    return model._modules.get("prompt_encoder") or {}  # type: ignore[return-value]
-
-
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The status of each adapted layer of a model, wrapped or injected into.
 
@@ -105,7 +100,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     session = session_of(base)
     if session is None:
         raise ValueError("This model has no adapters; set one into it with `get_peft_model`.")
-    prompts = [_layer("prompt_encoder", "inlay.Prompt", session, _prompts(model))] if _prompts(model) else []
+    prompts = [_layer("prompt_encoder", "inlay.Prompt", session, prompts_of(model))] if prompts_of(model) else []
     return [*prompts, *(_of_place(p, "" if base is model else "model.") for p in places(base))]
 
 
@@ -125,7 +120,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     backends = {layer.quantization_backend for layer in layers}
     return TunerModelStatus(
         base_model_type=host_class(base).__name__,
-        adapter_model_type="Prompt" if _prompts(model) else "None" if base is model else type(model._modules["base_model"]).__name__,
+        adapter_model_type="Prompt" if prompts_of(model) else "None" if base is model else type(model._modules["base_model"]).__name__,
         peft_types={n: str(c.peft_type) for n, c in session.configs.items()},
         trainable_params=sum(q.numel() for q in parameters if q.requires_grad),
         total_params=sum(q.numel() for q in parameters),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core.calls import penalty
-from .core.inlaid import places
+from .core.inlaid import places, prompts_of
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -53,7 +53,7 @@ def parameters_of(model: PeftModel, adapter_name: str) -> list[nn.Parameter]:
     """The trainable tensors of one adapter, for its optimiser."""
     model.session.check((adapter_name,))
     found = [place.adapters[adapter_name] for place in places(model.get_base_model()) if adapter_name in place.adapters]
-    prompts: Any = model._modules.get("prompt_encoder") or {}
+    prompts = prompts_of(model)
     return [q for adapter in (*found, *(prompts[n] for n in prompts if n == adapter_name)) for q in adapter.parameters()]
 
 

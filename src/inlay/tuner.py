@@ -178,13 +178,18 @@ class BaseTuner(nn.Module):
 
         Raises:
             TypeError: a method is no function of the weight; the model stays as it was.
-            ValueError: an option is unknown, or the original weights are not found; the model stays as it was.
+            ValueError: an option is unknown, the original weights are not found, or an adapter acts on inputs; the model stays as it
+                was.
         """
         from .operations.dequantize import BASES, merge_dense, warn_of_rounding
 
         if base not in BASES:
             raise ValueError(f"base={base!r} is not one of {', '.join(map(repr, BASES))}.{nearest(base, BASES)}")
         session = self.session
+        for name in session.check(session.active if adapter_names is None else adapter_names):
+            if session.configs[name].is_prompt_learning:
+                kind = session.configs[name].peft_type
+                raise ValueError(f"{name!r} ({kind}) acts on inputs and cannot be merged; name the adapters of weights (adapter_names).")
         if base != "requantized":
             from .operations.original import original_weights
 

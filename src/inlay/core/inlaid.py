@@ -231,6 +231,11 @@ def adapters_of(model: nn.Module, name: str) -> list[Adapter]:
     return [p for place in places(model) if isinstance(p := place.adapters.get(name), Adapter)]
 
 
+def prompts_of(model: nn.Module) -> Any:
+    """The adapters of a `PeftModel` that act on inputs, by name."""
+    return model._modules.get("prompt_encoder") or {}
+
+
 def session_of(model: nn.Module) -> Session | None:
     """The session of a model that has adapters."""
     found = model.__dict__.get("_inlay_session")

@@ -77,6 +77,8 @@ def attach_prompt(
         autocast_adapter_dtype=autocast_adapter_dtype,
         fill=None if tensors is None else values,
     )
+    if "prompt_encoder" not in peft_model._modules:
+        peft_model.prompt_encoder = nn.ModuleDict()
     peft_model.prompt_encoder[adapter_name] = prompt.train(base.training)
     show_trainable(peft_model)
     return session

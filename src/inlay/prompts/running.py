@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..core.inlaid import prompts_of
 from ..core.session import names_of
 from .apart import forward_apart, generate_apart, kinds
 from .inputs import rows_of
@@ -63,7 +64,7 @@ def generate_with_prompt(peft_model: PeftModel, *args: Any, **kwargs: Any) -> An
 
 
 def _acts(peft_model: PeftModel) -> bool:
-    return any(name in peft_model.prompt_encoder for name in peft_model.session.choice().all)
+    return any(name in prompts_of(peft_model) for name in peft_model.session.choice().all)
 
 
 def named(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +90,8 @@ def chosen(peft_model: PeftModel, inputs: dict[str, Any]) -> tuple[PromptMethod,
         ValueError: the adapters cannot act in one batch.
     """
     choice = peft_model.session.choice()
-    prompts: dict[str, Any] = {n: peft_model.prompt_encoder[n] for n in choice.all if n in peft_model.prompt_encoder}
+    known = prompts_of(peft_model)
+    prompts: dict[str, Any] = {n: known[n] for n in choice.all if n in known}
     methods: list[PromptMethod] = [p.method for p in prompts.values()]
     if len({m.peft_type for m in methods}) > 1:
         kinds = ", ".join(f"{n} is {m.peft_type}" for n, m in zip(prompts, methods, strict=True))
