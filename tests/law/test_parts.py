@@ -16,7 +16,7 @@ from inlay.core.place import Place
 from .layouts import Layout
 from .support import PAIRS, adapted, adapter_places, close
 
-KINDS = ("linear", "linear-no-bias", "conv1d-gpt2", "embedding", "experts", "experts-transposed")
+KINDS = ("linear", "linear-no-bias", "conv1d-gpt2", "embedding", "experts", "experts-transposed", "conv1d", "conv2d", "conv3d")
 FOUND = [pytest.param(*pair, id=f"{pair[0]}/{pair[1].name}") for pair in PAIRS if pair[1].name in KINDS]
 
 

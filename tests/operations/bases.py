@@ -11,7 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 from inlay import LoraConfig, PeftModel, get_peft_model
 from inlay.core.method import Method
@@ -33,6 +43,14 @@ def mixtral(**more: Any) -> nn.Module:
     return MixtralForCausalLM(
         MixtralConfig(**{**SIZES, "num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2, **more})
     )
+
+
+def speech() -> nn.Module:
+    """A model with convolutions that does not say what its embeddings are."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 8}
+    layers = {"conv_dim": (8, 8), "conv_kernel": (3, 3), "conv_stride": (2, 2), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    return Wav2Vec2Model(Wav2Vec2Config(**sizes, **layers, **positions))
 
 
 def saved(model: nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:

@@ -24,7 +24,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    Wav2Vec2Config,
     Wav2Vec2Model,
 )
 
@@ -37,7 +36,7 @@ from inlay.formats.streaming import Files, Shard, Writing, read_header
 from inlay.operations.stream_merge import Rounding, StreamMerge, journal, working_folder
 from inlay.operations.stream_merge.folder import SPARE
 
-from .bases import adapter, both_ways, check_same, gpt2, in_memory, llama, load, mixtral, moved, saved, tensors
+from .bases import adapter, both_ways, check_same, gpt2, in_memory, llama, load, mixtral, moved, saved, speech, tensors
 
 # ---- every method -----------------------------------------------------------------------------------------------------------
 FOLDABLE = [
@@ -630,17 +629,7 @@ def test_nothing_changes_without_a_run(small: tuple[Path, Path], tmp_path: Path)
 
 
 def test_a_model_of_speech(tmp_path: Path) -> None:
-    """It has convolutions, and does not say what its embeddings are."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 8}
-    of_sound = {
-        "conv_dim": (8, 8),
-        "conv_kernel": (3, 3),
-        "conv_stride": (2, 2),
-        "num_feat_extract_layers": 2,
-        "num_conv_pos_embeddings": 4,
-    }
-    model = Wav2Vec2Model(Wav2Vec2Config(**sizes, **of_sound, num_conv_pos_embedding_groups=2))
-    base = saved(model, tmp_path / "base", torch.float32)
+    base = saved(speech(), tmp_path / "base", torch.float32)
     folder = adapter(base, tmp_path / "a", LoraConfig(r=2, target_modules=["conv_layers.1.conv", "q_proj"]), cls=Wav2Vec2Model)
     reference = in_memory(base, [folder], tmp_path / "reference", cls=Wav2Vec2Model)
     out = StreamMerge(base, [folder]).run(tmp_path / "out")

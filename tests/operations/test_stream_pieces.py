@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Wav2Vec2Model
 
 from inlay import LoraConfig, PeftModel, quantize_
 from inlay.core.method import METHODS
 from inlay.formats import streaming
 from inlay.operations.stream_merge import StreamMerge
 
-from .bases import PIECEWISE, adapter, both_ways, gpt2, in_memory, llama, load, mixtral, requantised_in_pieces, saved, tensors
+from .bases import PIECEWISE, adapter, both_ways, gpt2, in_memory, llama, load, mixtral, requantised_in_pieces, saved, speech, tensors
 
 
 def test_large_weights_go_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +43,17 @@ def test_rows_in_pieces(name: str, make: Any, tmp_path: Path, monkeypatch: pytes
     folder = adapter(base, tmp_path / "a", METHODS[method](target_modules=targets, **options))  # type: ignore[call-arg]
     out = StreamMerge(base, [folder]).run(tmp_path / "out")
     one_ulp(tensors(out), tensors(in_memory(base, [folder], tmp_path / "reference")))
+
+
+@pytest.mark.parametrize("name", PIECEWISE)
+def test_convolutions_in_pieces(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "AT_ONCE", 4 * 100)
+    base = saved(speech(), tmp_path / "base")
+    method, options = PIECEWISE[name]
+    config = METHODS[method](target_modules=["conv_layers.1.conv"], **options)  # type: ignore[call-arg]
+    folder = adapter(base, tmp_path / "a", config, cls=Wav2Vec2Model)
+    out = StreamMerge(base, [folder]).run(tmp_path / "out")
+    one_ulp(tensors(out), tensors(in_memory(base, [folder], tmp_path / "reference", cls=Wav2Vec2Model)))
 
 
 @pytest.mark.parametrize(("to", "double"), [("nf4", True), ("nf4", False), ("int8", True)])

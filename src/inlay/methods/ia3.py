@@ -108,6 +108,10 @@ class FeedForward(IA3Config):
     def params(self, site: Site) -> dict[str, Param]:
         return {"ia3_l": self._gains("feature", site)}
 
+    def apart(self, site: Site) -> tuple[str, ...]:
+        # A column of a convolution is one place in the kernel of a feature.
+        return ("out",) if site.kernel else ("out", "in")
+
     def fold(self, p: Adapter, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return w * p.site.spread_in(p.ia3_l.to(w.dtype)).unsqueeze(-2), b
 

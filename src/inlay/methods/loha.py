@@ -16,7 +16,7 @@ from ..core.additive import LowRank
 from ..core.config import PeftType
 from ..core.method import Method, full, register
 from ..core.param import Init, Param, kaiming_uniform, normal, zeros
-from ..core.site import Site
+from ..core.site import Conv, Site
 from ..kernels.hadamard import hadamard, khatri_rao, linear_plus_hadamard
 from .lycoris import Frame, Lycoris, as_matrix, core_uniform, tensor_of, tucker
 
@@ -59,7 +59,8 @@ class LoHaConfig(Lycoris, LowRank):
         for k in ("1", "2"):
             if with_core:
                 declared[f"hada_t{k}"] = tensor_of(site, r, r, *frame.kernel, init=start["t"], core=True)
-            rows = frame.rows if frame.kernel else "out"
+            # A convolution's tensor has the matrix's rows in front, but where it is transposed or in groups.
+            rows = "out" if not frame.kernel or (isinstance(site, Conv) and not site.batch) else frame.rows
             declared[f"hada_w{k}_a"] = tensor_of(site, *((r, rows) if with_core else (rows, r)), init=start[f"w{k}_a"])
             declared[f"hada_w{k}_b"] = tensor_of(site, r, frame.columns if with_core else frame.width, init=start[f"w{k}_b"])
         return declared | self.scalar()

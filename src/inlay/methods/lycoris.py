@@ -53,7 +53,7 @@ class Frame(NamedTuple):
 
 def as_matrix(site: Site, framed: Tensor) -> Tensor:
     """A tensor of rows, columns and kernel as the site's matrix ``(*batch, out, in)``."""
-    return site.matrix(framed.reshape(site.raw_shape)) if site.kernel else framed
+    return site.matrix(framed.reshape(-1, *site.raw_shape[1:])) if site.kernel else framed
 
 
 def tensor_of(site: Site, *axes: str | int, init: Init, core: bool = False) -> Param:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from ...core.additive import Additive, LowRank
 from ...core.method import biased, folded, full
 from ...core.part import PLACES, Parts, axes_apart, axes_within
 from ...core.place import Place
-from ...core.site import Embedding, Linear, Site, Stack, TransposedLinear
+from ...core.site import Conv, Embedding, Linear, Site, Stack, TransposedLinear
 from ...formats import streaming
 from ...formats.packed import Packed, slices
 from ..effects import Update
@@ -22,7 +23,7 @@ from ..slicing import Sliced
 from .plan import Plan
 
 # Layouts whose weight is a matrix, or a stack of matrices, and nothing else.
-MATRICES = (Linear, TransposedLinear, Embedding, Stack)
+MATRICES = (Linear, TransposedLinear, Embedding, Stack, Conv)
 
 
 def at_once() -> int:
@@ -56,6 +57,11 @@ class Lying:
         """A slice as adapters see it: a view."""
         return piece.mT if self.turned else piece
 
+    def unrolled(self) -> Lying:
+        """The same as a matrix, a row to each slice."""
+        rows, *rest = self.shape
+        return Lying((rows, prod(rest)), lambda piece: self.read(piece).flatten(1), self.turned, self.together)
+
 
 def lying(plan: Plan, site: Site, packs: bool) -> Lying | None:
     """How the weight of a layer lies in the files; None where slices of it mean nothing.
@@ -67,6 +73,9 @@ def lying(plan: Plan, site: Site, packs: bool) -> Lying | None:
     name = None if own is None else base.names.get(id(own))
     if name is None or own is None or type(site) not in MATRICES:
         return None
+    if isinstance(site, Conv):
+        whole = None if site.batch else lying_as(plan, name, False, packs)
+        return None if whole is None else whole.unrolled()
     turned = site.matrix(own).shape != own.shape or isinstance(site, TransposedLinear)
     if isinstance(site, Stack):
         turned = site._transposed
