@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, Wav2Vec2Model
 
 from inlay import LoraConfig, PeftModel
 from inlay.core.method import METHODS, Method
@@ -17,7 +18,7 @@ from inlay.operations.arithmetic import COMBINATIONS, Options
 from inlay.operations.slicing import Sliced, by_slices
 from inlay.operations.stream_merge import StreamMerge
 
-from .bases import PIECEWISE, adapter, gpt2, llama, load, mixtral, saved, tensors
+from .bases import PIECEWISE, adapter, gpt2, llama, load, mixtral, saved, speech, tensors
 
 WEIGHTS = [0.7, 0.3]
 # Rules that read only what is in front of them, and those that know the whole to the bit.
@@ -52,9 +53,9 @@ def config(name: str, **more: Any) -> Method:
     return METHODS[method](**options, **more)  # type: ignore[call-arg]
 
 
-def check(tmp_path: Path, base: Path, folders: list[Path], how: str) -> None:
+def check(tmp_path: Path, base: Path, folders: list[Path], how: str, cls: Any = AutoModelForCausalLM) -> None:
     more = {"density": 0.6, "seed": 3} if COMBINATIONS[how].prunes else {}
-    tuned = PeftModel.from_pretrained(load(base), folders[0])
+    tuned = PeftModel.from_pretrained(load(base, cls), folders[0])
     tuned.load_adapter(folders[1], "other")
     ranks = {"svd_rank": 1.0} if COMBINATIONS[how].fixed_rank else {}
     tuned.add_weighted_adapter(["default", "other"], WEIGHTS, "both", how, **more, **ranks)
@@ -65,6 +66,15 @@ def check(tmp_path: Path, base: Path, folders: list[Path], how: str) -> None:
     assert any(not torch.equal(found[key], before[key]) for key in before)
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("how", ["linear", "ties", "dare_ties", "sce", "svd"])
+@pytest.mark.parametrize("names", [("LORA", "LORA"), ("LOHA", "DORA")])
+def test_convolutions(names: tuple[str, str], how: str, tmp_path: Path) -> None:
+    base = saved(speech(), tmp_path / "base", torch.float32)
+    configs = [config(name, target_modules=["conv_layers.1.conv"]) for name in names]
+    folders = [adapter(base, tmp_path / f"a{i}", each, seed=i, cls=Wav2Vec2Model) for i, each in enumerate(configs)]
+    check(tmp_path, base, folders, how, Wav2Vec2Model)
 
 
 @pytest.fixture(autouse=True)
