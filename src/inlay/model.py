@@ -582,7 +582,7 @@ class PeftModelForFeatureExtraction(PeftModel):
 
 
 class PeftMixedModel(PeftModel):
-    """Adapters of several methods in one model. `PeftModel` holds them as well; this name is HF's."""
+    """Adapters of several methods in one model, on weights and on inputs. `PeftModel` holds them as well; this name is HF's."""
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {

@@ -78,7 +78,11 @@ class HQQ(Packed):
         shape = rows.stop - rows.start, width
         if not self.group:
             return {name: t.expand(shape) for name, t in of_groups.items()}
-        at = torch.arange(rows.start * width, rows.stop * width, dtype=torch.int32)
+        start, stop = rows.start * width, rows.stop * width
+        if self.axis_of_groups and not start % self.group and not stop % self.group:
+            whole = slice(start // self.group, stop // self.group)
+            return {name: t[whole].unsqueeze(1).expand(-1, self.group).reshape(shape) for name, t in of_groups.items()}
+        at = torch.arange(start, stop, dtype=torch.int32)
         at = at // self.group if self.axis_of_groups else at % (prod(self.shape) // self.group)
         return {name: t[at].view(shape) for name, t in of_groups.items()}
 
