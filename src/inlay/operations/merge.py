@@ -25,10 +25,15 @@ def merge(model: nn.Module, session: Session, names: Sequence[str] | None = None
         TypeError: a method cannot be merged, with the reason. No weight is changed.
     """
     names = session.active if names is None else session.check([names] if isinstance(names, str) else names)
-    before = [(p, p.merged) for p in places(model)]
+    # Where a module is retrained as a whole, nothing else acts; other adapters of its weights come out before it goes in.
+    before = sorted(((p, p.merged) for p in places(model)), key=lambda found: isinstance(found[0], Retrained))
+    replaced = {part for p, merged in before if isinstance(p, Retrained) and p.here([*merged, *names]) for part in p.module.modules()}
     try:
         for place, merged in before:
-            place.merge([*merged, *(n for n in names if n not in merged)], safe_merge)
+            if isinstance(place, Place) and host_of(place) in replaced:
+                place.unmerge()
+            else:
+                place.merge([*merged, *(n for n in names if n not in merged)], safe_merge)
     except Exception:
         for place, merged in before:
             place.unmerge()
