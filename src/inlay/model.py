@@ -119,7 +119,8 @@ class PeftModel(nn.Module):
     @property
     def _is_prompt_learning(self) -> bool:
         """Whether all adapters act on inputs and none on weights."""
-        return all(config.is_prompt_learning for config in self.peft_config.values())
+        session = session_of(self.get_base_model())
+        return session is not None and all(config.is_prompt_learning for config in session.configs.values())
 
     @property
     def modules_to_save(self) -> set[str] | None:

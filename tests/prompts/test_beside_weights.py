@@ -135,6 +135,9 @@ def test_merging_takes_the_weights_alone(names: tuple[str, str], bases: Any) -> 
     model.set_scale("lora", 1.0)
     alone = logits(model, "lora")
     torch.testing.assert_close(model.merge_and_unload(adapter_names=["lora"])(input_ids=IDS).logits, alone, rtol=1e-5, atol=1e-5)
+    # Whoever asks afterwards gets an answer and no error.
+    assert not model._is_prompt_learning
+    assert isinstance(hasattr(model, "merge_adapter"), bool)
 
 
 def test_one_goes_and_the_other_stays(bases: Any) -> None:

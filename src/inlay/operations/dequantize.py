@@ -50,9 +50,7 @@ def merge_dense(
             raise ValueError(f"{path}.{site.name} is of shape {tuple(shape)} on disk and of {tuple(site.raw_shape)} in the model.")
     quantised = {id(place) for _, _, place in found if place is not None}
     try:
-        for place in places(model):
-            if id(place) not in quantised:
-                place.merge(names, safe_merge)
+        merging.put_in([(place, names) for place in places(model) if id(place) not in quantised], safe_merge)
         for site, path, place in found if safe_merge else ():
             if not _merged(site, path, place, names, read)[0].isfinite().all():
                 raise ValueError(f"Merging gives weights of {path!r} that are not finite; the adapter seems broken.")

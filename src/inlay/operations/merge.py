@@ -9,7 +9,7 @@ from torch import nn
 
 from ..core.inlaid import host_of, lift, places, session_of
 from ..core.place import Place
-from ..core.retrained import Retrained
+from ..core.retrained import AnyPlace, Retrained
 from ..core.session import Session, drop_choices
 from ..core.targets import tied_paths
 from ..core.tied import Tied
@@ -25,21 +25,25 @@ def merge(model: nn.Module, session: Session, names: Sequence[str] | None = None
         TypeError: a method cannot be merged, with the reason. No weight is changed.
     """
     names = session.active if names is None else session.check([names] if isinstance(names, str) else names)
-    # Where a module is retrained as a whole, nothing else acts; other adapters of its weights come out before it goes in.
-    before = sorted(((p, p.merged) for p in places(model)), key=lambda found: isinstance(found[0], Retrained))
-    replaced = {part for p, merged in before if isinstance(p, Retrained) and p.here([*merged, *names]) for part in p.module.modules()}
+    before = [(p, p.merged) for p in places(model)]
     try:
-        for place, merged in before:
-            if isinstance(place, Place) and host_of(place) in replaced:
-                place.unmerge()
-            else:
-                place.merge([*merged, *(n for n in names if n not in merged)], safe_merge)
+        put_in([(place, [*merged, *(n for n in names if n not in merged)]) for place, merged in before], safe_merge)
     except Exception:
-        for place, merged in before:
-            place.unmerge()
-            place.merge(merged)
+        unmerge(model)
+        put_in(before, check=False)
         raise
     tie_again(model)
+
+
+def put_in(wanted: Sequence[tuple[AnyPlace, Sequence[str]]], check: bool) -> None:
+    """Merge at each place these adapters. Where a module is retrained as a whole nothing else acts, so other adapters of its weights
+    stay out, and come out before it goes in."""
+    replaced = {part for p, names in wanted if isinstance(p, Retrained) and p.here(names) for part in p.module.modules()}
+    for place, names in sorted(wanted, key=lambda each: isinstance(each[0], Retrained)):
+        if isinstance(place, Place) and host_of(place) in replaced:
+            place.unmerge()
+        else:
+            place.merge(names, check)
 
 
 def tie_again(model: nn.Module) -> None:
